@@ -1,0 +1,1 @@
+"""Kernels with one readable torch reference per op; nothing here knows of specdec."""

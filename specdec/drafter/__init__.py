@@ -1,0 +1,47 @@
+"""Drafters: who proposes the tokens that the target verifies.
+
+Life of a drafter: ``bind`` once to an engine, then for every step ``propose`` before the target runs and
+``observe`` after the commit. Whatever a drafter does, the output's law is the target's; a bad one is only slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from specdec.drafter.base import Draft, Drafter, DraftHost
+from specdec.drafter.draft_model import DraftModelDrafter
+from specdec.drafter.layer_skip import LayerSkipDrafter
+from specdec.drafter.ngram import NgramDrafter
+from specdec.drafter.synthetic import SyntheticDrafter
+from specdec.names import unknown_name
+
+DRAFTERS: dict[str, Callable[..., Drafter]] = {
+    "draft_model": DraftModelDrafter,
+    "layer_skip": LayerSkipDrafter,
+    "ngram": NgramDrafter,
+    "synthetic": SyntheticDrafter,
+}
+
+__all__ = ["DRAFTERS", "Draft", "DraftHost", "Drafter", "make_drafter"]
+
+
+def make_drafter(spec: str | Mapping[str, Any] | None) -> Drafter | None:
+    """The drafter that ``spec`` names: ``"ngram"``, ``{"name": "ngram", "max_ngram": 4}``, ``None`` or ``"none"``.
+
+    Raises:
+        ValueError: unknown name (with the nearest ones), an option that the drafter does not have, or a
+            value out of range.
+    """
+    options = {"name": spec} if isinstance(spec, str) or spec is None else dict(spec)
+    name = options.pop("name", None)
+    if name is None or name == "none":
+        if options:
+            raise ValueError(f"drafter 'none' takes no options, got {options}")
+        return None
+    if name not in DRAFTERS:
+        raise unknown_name("drafter", name, [*DRAFTERS, "none"])
+    try:
+        return DRAFTERS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"drafter {name!r} does not take these options: {options} ({error})") from None

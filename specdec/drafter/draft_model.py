@@ -1,0 +1,85 @@
+"""A smaller model of the same vocabulary drafts, with its own paged KV cache in the target's blocks.
+
+Block numbers come from the target's block table, so the scheduler accounts for both caches at once and a
+prefix hit serves both. The draft cache may lag behind the target's (after full acceptance the last draft
+token was never fed; with speculation off nothing is): every proposal first feeds what is missing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from specdec.drafter.autoregressive import AutoregressiveDrafter
+from specdec.drafter.base import Draft, DraftHost
+from specdec.model.weights import LoadedModel, check_same_vocabulary, load_model
+from specdec.rows import StepInput
+from specdec.runner import make_runner
+from specdec.scheduler.plan import IntArray, StepOutcome, StepPlan
+
+
+class DraftModelDrafter(AutoregressiveDrafter):
+    """Args:
+    model: name, path or loaded model, as for the target.
+    backend: "auto" (the target's), "eager" or "native".
+    """
+
+    name = "draft_model"
+
+    def __init__(self, model: str | LoadedModel, backend: str = "auto") -> None:
+        self.model = model
+        self.backend = backend
+
+    def bind(self, host: DraftHost) -> None:
+        super().bind(host)
+        target = host.target
+        loaded = load_model(self.model, dtype=target.dtype) if isinstance(self.model, str) else self.model
+        check_same_vocabulary(target.model, loaded)
+        backend = target.backend if self.backend == "auto" else self.backend
+        self._runner = make_runner(
+            loaded, backend, target.dtype, host.num_blocks, host.block_size, target.device
+        )
+        self._computed = np.zeros(host.table.max_rows, np.int32)
+        self._owner = np.full(host.table.max_rows, -1, np.int64)
+        self._filled = np.zeros(host.num_blocks, np.bool_)
+
+    def forward(self, batch: StepInput) -> Tensor:
+        return self._runner.forward(batch)
+
+    def first_input(self, plan: StepPlan) -> tuple[IntArray, IntArray]:
+        """Rows that draft or prefill feed everything from the draft's cache to the target's input."""
+        start = self._computed[plan.rows]
+        end = plan.context + plan.num_new
+        feeds = (plan.num_drafts > 0) | (plan.num_new > 1)
+        return start, np.where(feeds, end - start, 0).astype(np.int32)
+
+    def propose(self, plan: StepPlan) -> Draft:
+        self._runner.copy_blocks(plan.copies)
+        self._enter(plan)
+        return super().propose(plan)
+
+    def _enter(self, plan: StepPlan) -> None:
+        """Find how much of a newcomer's cached prefix the draft cache holds as well."""
+        table = self._host.table
+        new = np.flatnonzero(self._owner[plan.rows] != plan.request_ids)
+        for index in new.tolist():
+            row, context = int(plan.rows[index]), int(plan.context[index])
+            filled = self._filled[table.blocks(row)[: context // self._host.block_size]]
+            leading = filled.size if filled.all() else int(np.argmin(filled))
+            self._owner[row] = plan.request_ids[index]
+            self._computed[row] = leading * self._host.block_size
+
+    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """What the draft cache holds now: tokens it was fed, as far as they were accepted."""
+        rows = plan.rows
+        end = plan.context + plan.num_new
+        feeds = (plan.num_drafts > 0) | (plan.num_new > 1)
+        kept = np.minimum(outcome.num_accepted, np.maximum(plan.num_drafts - 1, 0))
+        self._computed[rows] = np.where(feeds, end + kept, self._computed[rows])
+        self._owner[rows[outcome.finished]] = -1
+        table, size = self._host.table, self._host.block_size
+        width = int(table.num_blocks[rows].max(initial=0))
+        columns = np.arange(width)
+        held = columns < table.num_blocks[rows][:, None]
+        full = (columns + 1) * size <= self._computed[rows][:, None]
+        self._filled[table.block_table[rows, :width][held]] = full[held]

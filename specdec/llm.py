@@ -1,0 +1,273 @@
+"""The offline API: ``LLM(model, drafter=…).generate(prompts, SamplingParams(…))``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdec.drafter import make_drafter
+from specdec.drafter.synthetic import SyntheticDrafter
+from specdec.engine import Engine
+from specdec.model.weights import LoadedModel, load_model
+from specdec.names import unknown_name
+from specdec.output import OnToken, RequestOutput
+from specdec.runner import choose_backend, kv_bytes_per_block, make_runner
+from specdec.scheduler import SamplingParams, SchedulerConfig, StepLoop, make_controller, make_policy
+from specdec.scheduler.plan import IntArray
+from specdec.scheduler.speculation import Off
+from specdec.trace import TraceWriter
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LLM:
+    """A model, a drafter and a scheduler, ready to generate.
+
+    Args:
+        model: a short name (``"smollm2-135m"``), a hub id, a directory with safetensors, a GGUF file, or a
+            model that is loaded already.
+        drafter: see :meth:`configure`, which takes the remaining options too.
+        dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``.
+        backend: ``"auto"``, ``"eager"`` or ``"native"`` (see ``specdec.runner``).
+        device: a torch device; default CUDA if there is one, else the CPU.
+        max_model_len: most tokens of a request, prompt included; default the model's limit, at most 4096.
+        num_blocks: KV blocks; default what ``kv_memory_bytes`` holds.
+        kv_memory_bytes: memory for the KV cache when ``num_blocks`` is not given; never more is taken than
+            ``max_num_seqs`` requests of full length can use.
+        block_size: tokens per KV block.
+        threads: CPU threads; default torch's.
+
+    Raises:
+        ValueError: an option that does not exist or does not fit, named with its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel = "smollm2-135m",
+        drafter: str | Mapping[str, Any] | None = None,
+        *,
+        dtype: str = "bfloat16",
+        backend: str = "auto",
+        device: str | None = None,
+        max_model_len: int | None = None,
+        num_blocks: int | None = None,
+        kv_memory_bytes: int = 512 * 2**20,
+        block_size: int = 16,
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise unknown_name("dtype", dtype, DTYPES)
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads={threads} must be >= 1")
+            torch.set_num_threads(threads)
+        known = list(signature(self.configure).parameters)
+        for name in options:
+            if name not in known:
+                raise unknown_name("option", name, [*known, *signature(LLM).parameters])
+        make_drafter(drafter)  # a wrong drafter fails before the model is loaded
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = load_model(model, dtype=DTYPES[dtype]) if isinstance(model, str) else model
+        config = loaded.config
+        backend = choose_backend(backend, config, DTYPES[dtype], place)
+        self.max_model_len = min(config.max_model_len, 4096) if max_model_len is None else max_model_len
+        if self.max_model_len > config.max_model_len:
+            raise ValueError(
+                f"max_model_len={max_model_len} exceeds the model's limit of {config.max_model_len}"
+            )
+        self.block_size = block_size
+        if num_blocks is None:
+            most = options.get("max_num_seqs", 64) * -(-self.max_model_len // block_size)
+            block_bytes = kv_bytes_per_block(backend, config, DTYPES[dtype], block_size)
+            num_blocks = min(most, kv_memory_bytes // block_bytes)
+        self.num_blocks = num_blocks
+        self.tokenizer = loaded.tokenizer
+        self.runner = make_runner(loaded, backend, DTYPES[dtype], num_blocks, block_size, place)
+        self._references: dict[tuple[bytes, SamplingParams], IntArray] = {}
+        self.configure(drafter, **options)
+
+    def configure(
+        self,
+        drafter: str | Mapping[str, Any] | None = None,
+        *,
+        num_drafts: int = 4,
+        speculation: str | Mapping[str, Any] = "fixed",
+        rule: str = "token",
+        policy: str | Mapping[str, Any] = "chunked",
+        order: str = "fcfs",
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        prefix_caching: bool = True,
+        watermark: float = 0.01,
+        seed: int = 0,
+    ) -> LLM:
+        """Choose drafter and scheduler anew, keeping the loaded model; returns self.
+
+        Args:
+            drafter: ``None``, a name (``"ngram"``, ``"layer_skip"``) or a mapping with options, e.g.
+                ``{"name": "draft_model", "model": "path/to/draft"}``.
+            num_drafts: draft tokens per step, k.
+            speculation: ``"fixed"``, ``"adaptive"`` or ``"off"``, or a mapping with options.
+            rule: how sampled drafts are verified, ``"token"`` or ``"block"``. Both are lossless.
+            policy: batching policy: ``"static"``, ``"dynamic"``, ``"continuous"``, ``"chunked"``, or a mapping
+                with options, e.g. ``{"name": "dynamic", "window_s": 0.1}``.
+            order: ``"fcfs"``, ``"sjf"``, ``"priority"`` or ``"edf"``.
+            max_num_seqs: most requests that run at once.
+            max_num_batched_tokens: most tokens the target computes in one step.
+            prefix_caching: share the KV of common prefixes.
+            watermark: share of the blocks that an admission leaves free while others run.
+            seed: noise of requests that bring no seed of their own.
+
+        Raises:
+            ValueError: an option that does not exist or does not fit, named with its value and the remedy.
+        """
+        the_drafter = make_drafter(drafter)
+        the_policy = make_policy(**_options(policy))
+        controller = make_controller(**_speculation_options(speculation, num_drafts, the_drafter is not None))
+        if max_num_batched_tokens is None:
+            # A policy that computes prompts whole must be able to compute the longest one.
+            budget = 1024 if the_policy.chunked_prefill else self.max_model_len
+            max_num_batched_tokens = max(budget, max_num_seqs)
+        scheduler = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            prefix_caching=prefix_caching,
+            watermark=watermark,
+            order=order,
+        )
+        loop = StepLoop(scheduler, the_policy, controller)
+        self.engine = Engine(self.runner, self.tokenizer, loop, the_drafter, rule, seed)
+        return self
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        arrivals_s: Sequence[float] | None = None,
+        tasks: Sequence[str] | None = None,
+        priorities: Sequence[int] | None = None,
+        deadlines_s: Sequence[float] | None = None,
+        on_token: OnToken | None = None,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+        trace: TraceWriter | None = None,
+    ) -> list[RequestOutput]:
+        """Serve ``prompts``; outputs in their order.
+
+        Args:
+            prompts: each a text, a list of chat messages (``{"role": …, "content": …}``) or token ids. One
+                text alone is taken as one prompt.
+            params: for all prompts, or one for each.
+            arrivals_s: when each arrives, in seconds from now; default all at once.
+            tasks, priorities, deadlines_s: one per prompt, for reports and for the queue's order.
+            on_token: streaming callback, called after each step.
+            on_finish: called with each output as soon as it exists.
+            trace: where steps and requests are recorded.
+
+        Raises:
+            ValueError: a prompt that is empty, too long, or can never run; before any work starts.
+        """
+        encoded = self.encode(prompts)
+        count = len(encoded)
+        every = (
+            [params or SamplingParams()] * count
+            if params is None or isinstance(params, SamplingParams)
+            else params
+        )
+        columns: dict[str, Sequence[Any] | None] = {
+            "arrival_s": arrivals_s,
+            "task": tasks,
+            "priority": priorities,
+            "deadline_s": deadlines_s,
+        }
+        for name, values in {"params": every, **columns}.items():
+            if values is not None and len(values) != count:
+                raise ValueError(f"{len(values)} values of {name} for {count} prompts: give one for each")
+        self._record_references(encoded, every)
+        engine = self.engine
+        engine.trace = trace
+        try:
+            for index, prompt in enumerate(encoded):
+                extra = {name: values[index] for name, values in columns.items() if values is not None}
+                engine.add_request(prompt, every[index], on_token=on_token, **extra)
+            return engine.run(on_finish)
+        finally:
+            engine.abandon()
+            engine.trace = None
+
+    def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[IntArray]:
+        """Token ids of each prompt, int32 [n]."""
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer | Mapping)):
+            prompts = [prompts]  # type: ignore[list-item]
+        return [np.array(self._encode(index, prompt), np.int32) for index, prompt in enumerate(prompts)]
+
+    def _encode(self, index: int, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            ids: Sequence[int] = self.tokenizer.encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.apply_chat_template(prompt)
+        else:
+            ids = prompt  # type: ignore[assignment]
+        if not len(ids):
+            raise ValueError(f"prompt {index} is empty: give at least one token")
+        return ids
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within this context the engine decodes without speculation."""
+        engine = self.engine
+        drafter, speculation = engine.drafter, engine.loop.speculation
+        engine.drafter, engine.loop.speculation = None, Off()
+        try:
+            yield
+        finally:
+            engine.drafter, engine.loop.speculation = drafter, speculation
+
+    def _record_references(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> None:
+        """Let a synthetic drafter see the target's greedy output of prompts that are new to it."""
+        drafter = self.engine.drafter
+        if not isinstance(drafter, SyntheticDrafter):
+            return
+        for one in params:
+            if not one.is_greedy or one.repetition_penalty != 1.0 or one.presence_penalty != 0.0:
+                raise ValueError(
+                    "the synthetic drafter drafts the target's own greedy continuation: set temperature=0 and no "
+                    f"penalties (got temperature={one.temperature})"
+                )
+        keys = [
+            (prompt.tobytes(), replace(one, logprobs=None, seed=None))
+            for prompt, one in zip(prompts, params, strict=True)
+        ]
+        new = [index for index, key in enumerate(keys) if key not in self._references]
+        with self.plain():
+            for index in new:
+                self.engine.add_request(prompts[index], keys[index][1])
+            for index, output in zip(new, self.engine.run(), strict=True):
+                self._references[keys[index]] = np.array(output.token_ids, np.int32)
+        for prompt, key in zip(prompts, keys, strict=True):
+            drafter.record(prompt, self._references[key])
+
+
+def _options(spec: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": spec} if isinstance(spec, str) else dict(spec)
+
+
+def _speculation_options(spec: str | Mapping[str, Any], num_drafts: int, has_drafter: bool) -> dict[str, Any]:
+    """Controller options; ``num_drafts`` is their ``max_drafts`` unless the mapping gives its own."""
+    if num_drafts < 0:
+        raise ValueError(f"num_drafts k={num_drafts} must be >= 0 (0 turns speculation off)")
+    options = _options(spec)
+    if not has_drafter or options.get("name") == "off":
+        return {"name": "off"}
+    return {"max_drafts": num_drafts, **options}

@@ -1,0 +1,1 @@
+"""The model side: configuration, weights, tokenizer and the decoder."""
