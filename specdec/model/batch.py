@@ -17,7 +17,7 @@ class ForwardBatch:
         query_start: int32 [R + 1], where each row's tokens begin within T.
         context_lens: int32 [R], tokens whose keys and values are in the cache already.
         block_tables: int32 [R, max_blocks], KV blocks in order; entries beyond a row's use are ignored.
-        slot_mapping: int64 [T], ``block * block_size + offset`` where each token's keys and values are stored.
+        slot_mapping: int64 [T], ``block * block_size + offset`` where each token's keys and values go.
         logit_rows: int64 [N], indices into T.
     """
 

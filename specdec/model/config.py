@@ -1,7 +1,7 @@
 """What a decoder is made of, read from a Hugging Face ``config.json``.
 
-``ModelConfig.from_hf`` resolves everything that differs between the families (Llama, Mistral, Qwen2, Qwen3 and
-Gemma 3 text) into explicit values, so that the decoder and the kernels never ask for a family's name.
+``ModelConfig.from_hf`` resolves everything that differs between the families (Llama, Mistral, Qwen2, Qwen3
+and Gemma 3 text) into explicit values, so that decoder and kernels never ask for a family's name.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class RopeScaling:
         if self.kind == "frequency_factors":
             return inv_freq / torch.tensor(self.factors)
         wavelength = 2 * math.pi / inv_freq
-        longest, shortest = self.original_max_len / self.low_freq_factor, self.original_max_len / self.high_freq_factor
+        longest, shortest = (
+            self.original_max_len / self.low_freq_factor,
+            self.original_max_len / self.high_freq_factor,
+        )
         blend = (self.original_max_len / wavelength - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
@@ -178,7 +181,8 @@ def _family_fields(hf: Json) -> tuple[str, dict[str, Any]]:
         family, hf = "gemma3_text", {**hf["text_config"], **tokens}
     if family not in FAMILIES:
         raise ValueError(
-            f"unsupported architecture {family!r} (model_type in config.json): supported are {', '.join(FAMILIES)}"
+            f"unsupported architecture {family!r} (model_type in config.json): "
+            f"supported are {', '.join(FAMILIES)}"
         )
     aliases = {"hidden_act": hf.get("hidden_activation") or hf.get("hidden_act")}
     given = {key: value for key, value in {**hf, **aliases}.items() if value is not None}
@@ -186,7 +190,7 @@ def _family_fields(hf: Json) -> tuple[str, dict[str, Any]]:
     for key in ("sliding_window", "head_dim"):
         if key in hf and hf[key] is None:
             fields.pop(key, None)
-    required = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
+    required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     missing = [key for key in required if key not in fields]
     if missing:
         raise ValueError(f"config.json of a {family} model lacks {', '.join(missing)}: is it complete?")
@@ -199,13 +203,15 @@ def _reject_unsupported(family: str, fields: Json) -> None:
     if "quantization_config" in fields:
         method = fields["quantization_config"].get("quant_method")
         raise ValueError(
-            f"weights quantised with {method!r} are not supported: load the original safetensors or a GGUF file"
+            f"weights quantised with {method!r} are not supported: load the original safetensors or a GGUF"
         )
     for option in ("mlp_bias", "use_bidirectional_attention", "attn_logit_softcapping"):
         if fields.get(option):
             raise ValueError(f"{option}={fields[option]!r} in a {family} config.json is not supported")
     if fields.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={fields['partial_rotary_factor']} is not supported: it must be 1")
+        raise ValueError(
+            f"partial_rotary_factor={fields['partial_rotary_factor']} is not supported: it must be 1"
+        )
 
 
 def _activation(fields: Json) -> str:

@@ -60,7 +60,11 @@ class Decoder:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self._activate = {"silu": silu_mul, "gelu_tanh": gelu_mul}[config.activation]
@@ -69,7 +73,8 @@ class Decoder:
             return weights[name].to(self.device, dtype) if name in weights else None
 
         embed, final_norm = get("embed"), get("final_norm")
-        assert embed is not None and final_norm is not None
+        assert embed is not None
+        assert final_norm is not None
         head = get("lm_head")
         self._embed, self._final_norm = embed, final_norm
         self._head = embed if head is None else head
@@ -83,7 +88,17 @@ class Decoder:
             parts = [one(name) for name in names]
             return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
 
-        kept = "attn_norm q_norm k_norm o o_bias post_attn_norm mlp_norm down post_mlp_norm".split()
+        kept = [
+            "attn_norm",
+            "q_norm",
+            "k_norm",
+            "o",
+            "o_bias",
+            "post_attn_norm",
+            "mlp_norm",
+            "down",
+            "post_mlp_norm",
+        ]
         return Layer(
             **{name: one(name) for name in kept},  # type: ignore[arg-type]
             qkv=fuse("q", "k", "v"),  # type: ignore[arg-type]
@@ -93,7 +108,9 @@ class Decoder:
             sliding_window=self.config.sliding_window[index],
         )
 
-    def forward(self, batch: ForwardBatch, kv_cache: PagedCache, layers: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, kv_cache: PagedCache, layers: Sequence[int] | None = None
+    ) -> Tensor:
         """Compute the batch's tokens and store their keys and values.
 
         Args:

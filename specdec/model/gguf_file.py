@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def read_gguf(path: Path) -> GgufModel:
         if tensor.name == "rope_freqs.weight":
             continue
         name = from_gguf_name(tensor.name)
-        permuted = heads.get(name.rsplit(".", 1)[-1].removesuffix("_bias"), 0) if architecture == "llama" else 0
+        permuted = (
+            heads.get(name.rsplit(".", 1)[-1].removesuffix("_bias"), 0) if architecture == "llama" else 0
+        )
         tensors.append(
             GgufTensor(
                 name=name,
@@ -122,7 +125,9 @@ def _hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", get("rope.dimension_count", get("embedding_length") // heads)),
+        "head_dim": get(
+            "attention.key_length", get("rope.dimension_count", get("embedding_length") // heads)
+        ),
         "intermediate_size": get("feed_forward_length"),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
@@ -176,21 +181,21 @@ def dequantize(data: NDArray[np.uint8], tensor: GgufTensor, dtype: torch.dtype) 
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize as dequantize_rows
 
-    rows = int(np.prod(tensor.shape[:-1])) if len(tensor.shape) > 1 else 1
+    width = tensor.shape[-1]
+    rows = prod(tensor.shape) // width
     raw = data[tensor.offset : tensor.offset + tensor.num_bytes].reshape(rows, -1)
     kind = GGMLQuantizationType(tensor.kind)
-    raw = raw.view({GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind, np.uint8))
-    out = torch.empty((rows, tensor.shape[-1]), dtype=dtype)
-    step = max(1, PIECE_ELEMENTS // tensor.shape[-1])
+    raw = raw.view({kind.F32: np.float32, kind.F16: np.float16}.get(kind, np.uint8))
+    out = torch.empty((rows, width), dtype=dtype)
+    step = max(1, PIECE_ELEMENTS // width)
     for start in range(0, rows, step):
         piece = dequantize_rows(raw[start : start + step], kind).astype(np.float32, copy=False)
-        out[start : start + step] = torch.from_numpy(piece + np.float32(tensor.shift) if tensor.shift else piece.copy())
+        out[start : start + step] = torch.from_numpy(piece + np.float32(tensor.shift))
+    out = out.view(tensor.shape)
     if tensor.permuted_heads:
-        half = rows // tensor.permuted_heads // 2 if len(tensor.shape) > 1 else 0
-        if half == 0:
-            out, half = out.view(-1, 1), tensor.shape[0] // tensor.permuted_heads // 2
-        out = out.view(tensor.permuted_heads, half, 2, -1).transpose(1, 2)
-    return out.reshape(tensor.shape).contiguous()
+        # Stored as pairs within a head, wanted as the first halves of all pairs, then the second ones.
+        out = out.unflatten(0, (tensor.permuted_heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+    return out
 
 
 def dump_index(tensors: tuple[GgufTensor, ...]) -> str:

@@ -1,7 +1,7 @@
 """A tokenizer from the metadata of a GGUF file.
 
-Two kinds exist: byte-level BPE (``gpt2``), whose file names but does not contain the rule that splits text into
-words, and SentencePiece BPE (``llama``), whose merges follow from the scores of its pieces.
+Two kinds exist: byte-level BPE (``gpt2``), whose file names but does not contain the rule that splits text
+into words, and SentencePiece BPE (``llama``), whose merges follow from the scores of its pieces.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, A
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, tokens, types)
     else:
-        raise ValueError(f"unsupported GGUF tokenizer {kind!r}: supported are gpt2, llama; pass a model directory")
+        raise ValueError(
+            f"unsupported GGUF tokenizer {kind!r}: supported are gpt2, llama; pass a model directory"
+        )
     _add_tokens(tokenizer, tokens, types)
     _add_start_token(tokenizer, metadata, tokens, default=kind == "llama")
     settings: dict[str, Any] = {"chat_template": metadata.get("tokenizer.chat_template")}
@@ -86,8 +88,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    rules = [normalizers.Replace(" ", "▁")]
+    steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    rules: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         rules.insert(0, normalizers.Prepend("▁"))
         steps.append(decoders.Strip(" ", 1, 0))

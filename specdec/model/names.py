@@ -1,7 +1,7 @@
 """The names weights go by here, and what Hugging Face and GGUF call them.
 
-``embed``, ``final_norm``, ``lm_head`` (absent when tied to the embedding) and, for layer i, ``layers.{i}.`` with
-``attn_norm q k v o q_bias k_bias v_bias o_bias q_norm k_norm mlp_norm gate up down post_attn_norm
+``embed``, ``final_norm``, ``lm_head`` (absent when tied to the embedding) and, for layer i, ``layers.{i}.``
+with ``attn_norm q k v o q_bias k_bias v_bias o_bias q_norm k_norm mlp_norm gate up down post_attn_norm
 post_mlp_norm``; what a family does not have is absent. Matrices are [outputs, inputs].
 """
 
@@ -25,8 +25,12 @@ _HF_LAYER = {
 }
 _HF_LAYER |= {f"self_attn.{name}_proj.weight": name for name in "qkvo"}
 _HF_LAYER |= {f"self_attn.{name}_proj.bias": f"{name}_bias" for name in "qkvo"}
-_GGUF_TOP = {"token_embd.weight": "embed", "output_norm.weight": "final_norm", "output.weight": "lm_head"}
-_GGUF_LAYER = {
+GGUF_TOP_NAMES = {
+    "token_embd.weight": "embed",
+    "output_norm.weight": "final_norm",
+    "output.weight": "lm_head",
+}
+GGUF_LAYER_NAMES = {
     "attn_norm.weight": "attn_norm",
     "attn_output.weight": "o",
     "attn_output.bias": "o_bias",
@@ -39,8 +43,8 @@ _GGUF_LAYER = {
     "ffn_down.weight": "down",
     "post_ffw_norm.weight": "post_mlp_norm",
 }
-_GGUF_LAYER |= {f"attn_{name}.weight": name for name in "qkv"}
-_GGUF_LAYER |= {f"attn_{name}.bias": f"{name}_bias" for name in "qkv"}
+GGUF_LAYER_NAMES |= {f"attn_{name}.weight": name for name in "qkv"}
+GGUF_LAYER_NAMES |= {f"attn_{name}.bias": f"{name}_bias" for name in "qkv"}
 # Parts of checkpoints that a text decoder does not use.
 _IGNORED = re.compile(r"vision_tower|vision_model|multi_modal_projector|rotary_emb\.inv_freq")
 _HF_PREFIX = re.compile(r"^(language_model\.)?(model\.)?(language_model\.)?")
@@ -66,7 +70,9 @@ def from_hf_name(name: str, config: ModelConfig) -> str | None:
             return f"layers.{number}.{'post_attn_norm' if config.post_norms else 'mlp_norm'}"
         if part in _HF_LAYER:
             return f"layers.{number}.{_HF_LAYER[part]}"
-    raise ValueError(f"unexpected tensor {name!r} in a {config.family} checkpoint: is its config.json the right one?")
+    raise ValueError(
+        f"unexpected tensor {name!r} in a {config.family} checkpoint: is its config.json the right one?"
+    )
 
 
 def from_gguf_name(name: str) -> str:
@@ -75,11 +81,11 @@ def from_gguf_name(name: str) -> str:
     Raises:
         ValueError: a tensor no supported architecture has.
     """
-    if name in _GGUF_TOP:
-        return _GGUF_TOP[name]
+    if name in GGUF_TOP_NAMES:
+        return GGUF_TOP_NAMES[name]
     layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if layer and layer.group(2) in _GGUF_LAYER:
-        return f"layers.{layer.group(1)}.{_GGUF_LAYER[layer.group(2)]}"
+    if layer and layer.group(2) in GGUF_LAYER_NAMES:
+        return f"layers.{layer.group(1)}.{GGUF_LAYER_NAMES[layer.group(2)]}"
     raise ValueError(f"unexpected tensor {name!r} in the GGUF file: its architecture is not supported")
 
 
@@ -125,12 +131,14 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, sou
     surplus = [name for name in shapes if name not in expected]
     if missing or surplus:
         raise ValueError(
-            f"{source} does not fit its configuration: missing {_some(missing)}, unexpected {_some(surplus)}; "
-            "fetch it again or correct config.json"
+            f"{source} does not fit its configuration: missing {_some(missing)}, "
+            f"unexpected {_some(surplus)}; fetch it again or correct config.json"
         )
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
-            raise ValueError(f"{source}: tensor {name} is {tuple(shapes[name])}, config.json asks for {shape}")
+            raise ValueError(
+                f"{source}: tensor {name} is {tuple(shapes[name])}, config.json asks for {shape}"
+            )
 
 
 def _some(names: Iterable[str]) -> str:

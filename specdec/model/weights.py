@@ -2,10 +2,10 @@
 
 >>> model = load_model("smollm2-135m", dtype=torch.bfloat16)
 
-Only safetensors and GGUF are read; nothing is unpickled and no code of a model runs. A GGUF file is parsed once
-and its configuration and tokenizer kept in the cache, with bfloat16 weights beside them after the first bfloat16
-load, so later loads map a file. Other dtypes are dequantised afresh, since bfloat16 does not hold a 4-bit
-group's values exactly.
+Only safetensors and GGUF are read; nothing is unpickled and no code of a model runs. A GGUF file is parsed
+once and its configuration and tokenizer kept in the cache, with bfloat16 weights beside them after the first
+bfloat16 load, so later loads map a file. Other dtypes are dequantised afresh, since bfloat16 does not hold a
+4-bit group's values exactly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LoadedModel:
     """A model in memory; ``weights`` may be cleared once a backend has its own copy.
 
     Attributes:
-        weights: by the names of ``specdec.model.names``; may be views of a mapped file, so never write to them.
+        weights: by the names of ``specdec.model.names``; may be views of a mapped file: do not write to them.
         source: what it was asked for as.
         path: the directory or GGUF file it came from.
         checksum: "sha256:…" where it is pinned, else "".
@@ -61,8 +61,8 @@ def load_model(
     """Load a model onto the CPU.
 
     Args:
-        name_or_path: a short name (``"smollm2-135m"``, ``"gemma3-270m"``), a hub id, a directory with safetensors,
-            or a GGUF file.
+        name_or_path: a short name (``"smollm2-135m"``, ``"gemma3-270m"``), a hub id, a directory with
+            safetensors, or a GGUF file.
         dtype: of the weights.
         cache_dir: default ``SPECDEC_CACHE``, else ``specdec`` in the user's cache folder.
 
@@ -96,17 +96,21 @@ def check_same_vocabulary(target: LoadedModel, draft: LoadedModel) -> None:
     differing = next((i for i in ids if ours.id_to_token(i) != theirs.id_to_token(i)), None)
     where = f"they have {sizes[0]} and {sizes[1]} entries"
     if differing is not None:
-        where += f"; token {differing} is {ours.id_to_token(differing)!r} and {theirs.id_to_token(differing)!r}"
+        where += (
+            f"; token {differing} is {ours.id_to_token(differing)!r} and {theirs.id_to_token(differing)!r}"
+        )
     raise ValueError(
-        f"target {target.source!r} and draft {draft.source!r} have different vocabularies ({where}): choose a draft "
-        "of the same model family, or a drafter without a model such as 'ngram'"
+        f"target {target.source!r} and draft {draft.source!r} have different vocabularies ({where}): "
+        "choose a draft of the same model family, or a drafter without a model such as 'ngram'"
     )
 
 
 def _read_settings(folder: Path) -> tuple[ModelConfig, Tokenizer]:
-    """Configuration and tokenizer of a directory; ``generation_config.json`` knows all tokens that end a text."""
+    """Configuration and tokenizer of a directory; all tokens that end a text are in the generation config."""
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: give a directory in Hugging Face form, or a GGUF file")
+        raise ValueError(
+            f"{folder} has no config.json: give a directory in Hugging Face form, or a GGUF file"
+        )
     hf = json.loads((folder / "config.json").read_text("utf-8"))
     generation = folder / "generation_config.json"
     if generation.exists():
@@ -146,15 +150,17 @@ def _safetensors_files(folder: Path) -> list[Path]:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code and are refused: "
-            "convert them to safetensors"
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code and are "
+            "refused: convert them to safetensors"
         )
     raise ValueError(f"{folder} has no model.safetensors and no index of several: is the download complete?")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"tensor {name} is {tensor.dtype}: only float32, bfloat16 and float16 weights are supported")
+        raise ValueError(
+            f"tensor {name} is {tensor.dtype}: only float32, bfloat16 and float16 weights are supported"
+        )
     return tensor.to(dtype)
 
 
@@ -188,7 +194,9 @@ def _converted(source: Source, cache_dir: Path) -> Path:
     return folder
 
 
-def _read_converted(source: Source, folder: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_converted(
+    source: Source, folder: Path, config: ModelConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
     file = folder / "model.safetensors"
     index = load_index((folder / "gguf_tensors.json").read_text("utf-8"))
     check_shapes({tensor.name: tensor.shape for tensor in index}, config, str(source.path))
@@ -199,8 +207,11 @@ def _read_converted(source: Source, folder: Path, config: ModelConfig, dtype: to
             shapes = {tensor.name: tensor.shape for tensor in index}
             write_safetensors(scratch / file.name, shapes, dtype, _dequantized(source, index, dtype))
             os.replace(scratch / file.name, file)
-    with safe_open(file, framework="pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {tensor.name: tensors.get_tensor(tensor.name) for tensor in index}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete {folder}, it will be made again") from error
 
 
 def _dequantized(

@@ -11,7 +11,7 @@ from specdec.scheduler.blocks import BlockPool
 from specdec.scheduler.plan import IntArray, StepOutcome, StepPlan
 from specdec.scheduler.policy import BatchPolicy, WaitingQueue
 from specdec.scheduler.request import Request, RequestState
-from specdec.scheduler.speculation import SpeculationController
+from specdec.scheduler.speculation import SpeculationController, fit_drafts
 from specdec.scheduler.table import RequestTable
 
 
@@ -188,31 +188,35 @@ class StepLoop:
         """
         table, size = self.table, self.config.block_size
         while True:
-            rows = table.active
+            rows, held = table.active, table.num_blocks[table.active]
             computed = table.num_computed[rows]
             decode = table.num_known[rows] - computed == 1
-            wanted = self.speculation.num_drafts(table, rows, now_s)
-            limit = table.max_tokens[rows] - table.num_generated[rows] - 1
-            drafts = np.where(decode, np.minimum(wanted, limit), 0).astype(np.int32)
-            held = table.num_blocks[rows]
-            need_plain = np.where(decode, np.maximum(-(-(computed + 1) // size) - held, 0), 0)
-            spare = self.pool.num_free - int(need_plain.sum())
+            plain = np.where(decode, -(-(computed + 1) // size), held)
+            spare = self.pool.num_free - int(np.maximum(plain - held, 0).sum())
             if spare >= 0:
                 break
-            preempted.append(self._preempt())
+            if not self._give_back(rows, plain):
+                preempted.append(self._preempt())
+        limit = table.max_tokens[rows] - table.num_generated[rows] - 1
+        wanted = np.minimum(self.speculation.num_drafts(table, rows, now_s), limit)
+        drafts = np.where(decode, wanted, 0).astype(np.int32)
+        need_plain = np.maximum(plain - held, 0)
         need = np.where(decode, np.maximum(-(-(computed + 1 + drafts) // size) - held, 0), 0)
         extra = need - need_plain
         if extra.sum() > spare:
             keep = np.cumsum(extra) <= spare
             need = np.where(keep, need, need_plain)
             drafts = np.where(keep, drafts, np.minimum(drafts, (held + need) * size - computed - 1)).astype(np.int32)
-        growing = np.flatnonzero(need)
-        if growing.size:
-            blocks = self.pool.allocate(int(need.sum()))
-            ends = np.cumsum(need[growing])
-            for index, end in zip(growing.tolist(), ends.tolist(), strict=True):
-                table.append_blocks(int(rows[index]), blocks[end - need[index] : end])
+        if need.any():
+            table.append_blocks(rows, need, self.pool.allocate(int(need.sum())))
         return drafts
+
+    def _give_back(self, rows: IntArray, num_blocks: IntArray) -> bool:
+        """Release blocks beyond ``num_blocks`` of each row, left from rejected drafts; whether there were any."""
+        longer = self.table.num_blocks[rows] > num_blocks
+        for row, count in zip(rows[longer].tolist(), num_blocks[longer].tolist(), strict=True):
+            self.pool.release(self.table.truncate_blocks(row, count))
+        return bool(longer.any())
 
     def _preempt(self) -> int:
         """Send the running request that is last in the queue's order back to the queue; its id."""
@@ -260,7 +264,7 @@ class StepLoop:
             return budget
         while queue and not self.table.is_full and (budget > 0 or not policy.joins_running):
             request = queue.head
-            matched = self.pool.match(request.block_hashes[: request.num_known // self.config.block_size])
+            matched = self.pool.match(self._known_hashes(request))
             cached = min(len(matched) * self.config.block_size, request.num_known - 1)
             tokens = request.num_known - cached
             if tokens > budget and policy.joins_running and not policy.chunked_prefill:
@@ -278,26 +282,37 @@ class StepLoop:
             budget -= granted
         return budget
 
+    def _known_hashes(self, request: Request) -> list[int]:
+        """Hashes of the full blocks of ``request``'s known tokens."""
+        return request.block_hashes[: request.num_known // self.config.block_size]
+
+    def _shared(self, request: Request, matched: list[int]) -> list[int]:
+        """The matched blocks that ``request`` can hold as they are.
+
+        When the prefix cache holds every token, the last one must still be computed for its logits, and that
+        writes into the last block: it is copied first (copy-on-write).
+        """
+        is_full_hit = len(matched) * self.config.block_size == request.num_known
+        return matched[:-1] if is_full_hit else matched
+
+    def _fits(self, request: Request, shared: list[int]) -> bool:
+        """Whether blocks for all known tokens of ``request`` are free, beside those it shares."""
+        fresh = self.pool.blocks_for(request.num_known) - len(shared)
+        reserve = self._watermark_blocks if self.num_running else 0
+        return fresh + reserve <= self.pool.num_free - self.pool.num_evictable(shared)
+
     def _take_blocks(
         self, request: Request, matched: list[int], cached: int, copies: list[tuple[int, int]]
     ) -> bool:
-        """Hold the blocks for all known tokens of ``request`` and give it a row, if they are free.
-
-        When the prefix cache holds every token, the last one must still be computed for its logits, and that
-        writes into a shared block: it is copied first (copy-on-write).
-        """
-        pool = self.pool
-        copy_source = matched[-1] if matched and cached < len(matched) * pool.block_size else None
-        shared = matched[:-1] if copy_source is not None else matched
-        fresh = pool.blocks_for(request.num_known) - len(shared)
-        reserve = self._watermark_blocks if self.num_running else 0
-        if fresh + reserve > pool.num_free - pool.num_evictable(shared):
+        """Hold the blocks for all known tokens of ``request`` and give it a row, if they are free."""
+        pool, shared = self.pool, self._shared(request, matched)
+        if not self._fits(request, shared):
             return False
         pool.share(shared)
-        blocks = np.concatenate([np.array(shared, np.int32), pool.allocate(fresh)])
-        if copy_source is not None:
-            copies.append((copy_source, int(blocks[len(shared)])))
-        row = self.table.insert(request, blocks, cached)
+        fresh = pool.allocate(pool.blocks_for(request.num_known) - len(shared))
+        if len(shared) < len(matched):
+            copies.append((matched[-1], int(fresh[0])))
+        row = self.table.insert(request, np.concatenate([np.array(shared, np.int32), fresh]), cached)
         self.table.num_registered[row] = len(shared)
         return True
 
@@ -329,14 +344,14 @@ class StepLoop:
         for row, value in zip(outcome.hashed_rows.tolist(), outcome.block_hashes.tolist(), strict=True):
             table.request(row).block_hashes.append(value)
         full = table.num_computed[plan.rows] // self.config.block_size
-        for row, count in zip(plan.rows.tolist(), full.tolist(), strict=True):
+        completed = full > table.num_registered[plan.rows]
+        for row, count in zip(plan.rows[completed].tolist(), full[completed].tolist(), strict=True):
             start = int(table.num_registered[row])
-            if count <= start:
-                continue
-            hashes = table.request(row).block_hashes[:count]
-            for index in range(start, len(hashes)):
-                self.pool.register(int(table.block_table[row, index]), hashes[index])
-            table.num_registered[row] = max(start, len(hashes))
+            hashes = table.request(row).block_hashes[start:count]
+            blocks = table.block_table[row, start : start + len(hashes)].tolist()
+            for block, value in zip(blocks, hashes, strict=True):
+                self.pool.register(block, value)
+            table.num_registered[row] = start + len(hashes)
 
     def horizon(self, now_s: float) -> int:
         """For how many steps from now the plan provably stays the same, if nothing arrives or finishes.
@@ -349,7 +364,7 @@ class StepLoop:
         if rows.size == 0 or not self.speculation.is_constant:
             return 0
         computed = table.num_computed[rows]
-        if (table.num_known[rows] - computed != 1).any() or self._may_admit(now_s):
+        if (table.num_known[rows] - computed != 1).any() or self._may_admit():
             return 0
         advance = 1 + self.speculation.num_drafts(table, rows, now_s)
         if int(advance.sum()) > config.max_num_batched_tokens:
@@ -363,27 +378,22 @@ class StepLoop:
             low, steps = (middle, steps) if int(need.sum()) <= free else (low, middle - 1)
         return low
 
-    def _may_admit(self, now_s: float) -> bool:
+    def _may_admit(self) -> bool:
         """Whether a later step might admit from the queue although nothing arrives or finishes."""
         if not self.queue or self.table.is_full or not self.policy.joins_running:
             return False
-        # Blocks only get scarcer while rows decode, so a head that does not fit stays out; but with a prefix
-        # cache, rows may register blocks that it shares.
         request = self.queue.head
-        fresh = self.pool.blocks_for(request.num_known)
-        blocked = fresh + self._watermark_blocks > self.pool.num_free
-        return not blocked or self.config.prefix_caching
+        hashes = self._known_hashes(request)
+        matched = self.pool.match(hashes)
+        if self._fits(request, self._shared(request, matched)):
+            return True
+        # Blocks only get scarcer while rows decode, so a head that does not fit stays out, unless a running row
+        # completes the very block that the head's cached prefix lacks next.
+        return len(matched) < len(hashes) and self._may_register(hashes[: len(matched) + 1])
 
-
-def fit_drafts(num_drafts: IntArray, budget: int) -> IntArray:
-    """Cut drafts to a total of ``budget``, the longest first, so that all rows keep an even share."""
-    total = int(num_drafts.sum())
-    if total <= budget:
-        return num_drafts
-    cap = int(num_drafts.max())
-    while int(np.minimum(num_drafts, cap).sum()) > budget:
-        cap -= 1
-    cut = np.minimum(num_drafts, cap)
-    longer = np.flatnonzero(num_drafts > cap)
-    cut[longer[: budget - int(cut.sum())]] += 1
-    return cut
+    def _may_register(self, hashes: list[int]) -> bool:
+        """Whether a running row may yet name the last of ``hashes``, the blocks before it being its own too."""
+        table, last = self.table, len(hashes) - 1
+        rows = table.active[table.num_registered[table.active] <= last]
+        own = (table.request(row).block_hashes[: last + 1] for row in rows.tolist())
+        return any(hashes[: len(known)] == known for known in own)

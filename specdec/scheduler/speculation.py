@@ -7,7 +7,7 @@ the value of draft token k.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,8 +37,8 @@ class SpeculationController(Protocol):
 class Off:
     """Plain decoding."""
 
-    max_drafts: int = 0
-    is_constant: bool = True
+    max_drafts: int = field(default=0, init=False)
+    is_constant: bool = field(default=True, init=False)
 
     def num_drafts(self, table: RequestTable, rows: IntArray, now_s: float) -> IntArray:
         return np.zeros(rows.size, np.int32)
@@ -49,7 +49,7 @@ class Fixed:
     """The same number of drafts for every row in every step."""
 
     max_drafts: int = 4
-    is_constant: bool = True
+    is_constant: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         _check_max_drafts(self.max_drafts)
@@ -82,7 +82,7 @@ class Adaptive:
     prior_accepted: float = 2.0
     prior_rejected: float = 1.0
     probe_every: int = 16
-    is_constant: bool = False
+    is_constant: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         _check_max_drafts(self.max_drafts)
@@ -101,6 +101,20 @@ class Adaptive:
         best = np.argmax(expected_tokens / (1.0 + self.cost_ratio * lengths), axis=1).astype(np.int32)
         probe = (best == 0) & (table.num_steps[rows] % self.probe_every == 0)
         return np.where(probe, np.int32(min(1, self.max_drafts)), best)
+
+
+def fit_drafts(num_drafts: IntArray, budget: int) -> IntArray:
+    """Cut drafts to a total of ``budget``, the longest first, so that all rows keep an even share."""
+    total = int(num_drafts.sum())
+    if total <= budget:
+        return num_drafts
+    cap = int(num_drafts.max())
+    while int(np.minimum(num_drafts, cap).sum()) > budget:
+        cap -= 1
+    cut = np.minimum(num_drafts, cap)
+    longer = np.flatnonzero(num_drafts > cap)
+    cut[longer[: budget - int(cut.sum())]] += 1
+    return cut
 
 
 def _check_max_drafts(max_drafts: int) -> None:

@@ -83,10 +83,17 @@ class RequestTable:
         self.active = np.append(self.active, np.int32(row))
         return row
 
-    def append_blocks(self, row: int, blocks: IntArray) -> None:
-        held = self.num_blocks[row]
-        self.block_table[row, held : held + blocks.size] = blocks
-        self.num_blocks[row] = held + blocks.size
+    def append_blocks(self, rows: IntArray, counts: IntArray, blocks: IntArray) -> None:
+        """Append the next ``counts[i]`` of ``blocks`` to ``rows[i]``, row after row."""
+        offsets = self.num_blocks[rows] - (np.cumsum(counts) - counts)
+        self.block_table[np.repeat(rows, counts), np.repeat(offsets, counts) + np.arange(blocks.size)] = blocks
+        self.num_blocks[rows] += counts
+
+    def truncate_blocks(self, row: int, count: int) -> IntArray:
+        """Keep the first ``count`` blocks of ``row``; the others, which it no longer holds."""
+        dropped = self.blocks(row)[count:].copy()
+        self.num_blocks[row] = count
+        return dropped
 
     def remove(self, row: int) -> Request:
         """Take ``row`` out, writing its progress back to the request it returns."""

@@ -190,7 +190,7 @@ def test_bad_prompts_fail_before_work_starts(llm, prompt, message):
         ({"rule": "tokens"}, "unknown .*rule 'tokens': did you mean token"),
         ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
-        ({"drafter": {"name": "layer_skip", "skip_layers": [0, 9]}}, "give indices in 0..1"),
+        ({"drafter": {"name": "layer_skip", "skip_layers": [0, 9]}}, r"give indices in 0\.\.\d"),
     ],
 )
 def test_bad_options_name_the_value_and_the_remedy(options, message, tiny_llama_dir):
@@ -216,7 +216,7 @@ def test_nan_logits_name_the_request_and_finished_outputs_are_not_lost(tiny_llam
 
     def breaks_later(batch, layers=None):
         steps[0] += 1
-        logits = forward(batch, layers)
+        logits = forward(batch, layers).clone()
         if steps[0] == 5:
             logits[-1, 0] = torch.nan
         return logits

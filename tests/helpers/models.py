@@ -18,8 +18,8 @@ VOCAB_SIZE = 320
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_TOKEN_ID = 2
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -49,7 +49,10 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"head_dim": 16, "sliding_window": 7},
-    "qwen2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "qwen2": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
     "qwen3": {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
     "gemma3_text": {
         "head_dim": 16,
@@ -77,12 +80,14 @@ def tiny_model_dir(family: str, tmp_path: Path, seed: int = 0, **overrides: Any)
 
 
 def tiny_transformers_model(family: str, seed: int = 0, **overrides: Any) -> Any:
-    """The transformers model itself, float32; every weight is random so that none can be ignored unnoticed."""
+    """The transformers model itself, float32; every weight is random, so none can be ignored unnoticed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {**SHAPE, **FAMILY_OPTIONS[family], **overrides}
     if "layer_types" in options and len(options["layer_types"]) != options["num_hidden_layers"]:
-        options["layer_types"] = (options["layer_types"] * options["num_hidden_layers"])[: options["num_hidden_layers"]]
+        options["layer_types"] = (options["layer_types"] * options["num_hidden_layers"])[
+            : options["num_hidden_layers"]
+        ]
     config = AutoConfig.for_model(family, **options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -105,12 +110,13 @@ def write_tiny_tokenizer(path: Path) -> None:
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges = [(left, right) for left in "Ġaeiost" for right in "aehinorst"][: VOCAB_SIZE - len(tokens)]
     tokens += [left + right for left, right in merges]
-    tokens += [f"<|extra_{index}|>" for index in range(VOCAB_SIZE - len(tokens))]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}

@@ -6,6 +6,8 @@ head, D head dimension.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,8 +41,8 @@ def paged_attention(
 ) -> Tensor:
     """Attend from each token to its row's context and to the tokens before it in this step.
 
-    The keys and values of this step must have been stored. Slots that no token of the row has written may hold
-    anything, NaN included. The softmax is computed in float32.
+    The keys and values of this step must have been stored. Slots that no token of the row has written may
+    hold anything, NaN included. The softmax is computed in float32.
 
     Args:
         q: [T, H * G, D].
@@ -56,7 +58,7 @@ def paged_attention(
         [T, H * G, D].
     """
     starts, contexts = query_start.tolist(), context_lens.tolist()
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in pairwise(starts)]
     out = torch.zeros_like(q)
     short = [row for row, count in enumerate(counts) if 0 < count <= MAX_PADDED_QUERIES]
     groups = [short] if short else []
@@ -68,7 +70,9 @@ def paged_attention(
         num_queries = max(counts[row] for row in rows)
         num_keys = max(counts[row] + contexts[row] for row in rows)
         # A padded query repeats its row's last one, so that no softmax is over nothing.
-        offset_RQ = torch.arange(num_queries, device=q.device).expand(len(rows), -1).minimum(count_R[:, None] - 1)
+        offset_RQ = (
+            torch.arange(num_queries, device=q.device).expand(len(rows), -1).minimum(count_R[:, None] - 1)
+        )
         token_RQ = query_start[row_index].long()[:, None] + offset_RQ
         k, v = (_gather(cache, block_tables[row_index], num_keys) for cache in (k_cache, v_cache))
         mask = _visible(context_R[:, None] + offset_RQ, num_keys, sliding_window)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, Su et al., arXiv 2104.09864, in the half-split layout of Hugging Face weights."""
+"""Rotary position embedding, Su et al., arXiv 2104.09864, in the half-split layout of Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,0 +1,15 @@
+"""A whole decoder step on a CPU with AMX: one C++ call, bf16 weights, float32 accumulation, batch-invariant.
+
+A token's logits depend, to the bit, on its own context alone: not on the other rows of the step, nor on whether it
+was computed in a prefill chunk, a decode step or a verification. Greedy speculative decoding therefore equals
+greedy plain decoding exactly, in bfloat16.
+
+    decoder = CpuDecoder(spec, weights)
+    cache = decoder.new_kv_cache(num_blocks=512, block_size=16)
+    logits = decoder.forward(token_ids, positions, query_start, context_lens, block_tables, slots, logit_rows, cache)
+"""
+
+from specdec_kernels.cpu_decoder.build import is_available
+from specdec_kernels.cpu_decoder.decoder import CpuDecoder, CpuKVCache, DecoderSpec, bytes_per_block, supports
+
+__all__ = ["CpuDecoder", "CpuKVCache", "DecoderSpec", "bytes_per_block", "is_available", "supports"]

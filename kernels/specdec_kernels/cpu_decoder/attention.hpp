@@ -1,0 +1,111 @@
+// Attention of up to 16 query rows (tokens x heads that share a KV head) over one request's paged context.
+//
+// The cache is laid out for dot products of pairs. Per block and KV head, in sub-blocks of 16 tokens:
+//   K [D/2][16 tokens][2]   so that one register holds a pair of dimensions of 16 keys,
+//   V [8 token pairs][D][2] so that one register holds a pair of tokens in 16 dimensions.
+// Scores of the whole context are computed first, then an exact softmax, then P·V in the order of positions. Every
+// query row runs through the same arithmetic whether it is alone or in a chunk: masked keys contribute exact zeros.
+#pragma once
+#include <limits>
+
+#include "gemm.hpp"
+
+struct CacheShape {
+  int block_size, kv_heads, head_dim;
+
+  int64_t block_elements() const { return int64_t(kv_heads) * block_size * head_dim; }
+  // Where the sub-block of 16 tokens that holds slot starts, for one KV head.
+  int64_t sub_block(int64_t block, int head, int offset) const {
+    return block * block_elements() + (int64_t(head) * block_size + offset / 16 * 16) * head_dim;
+  }
+};
+
+inline void store_key(bf16* cache, const CacheShape& shape, int64_t slot, int head, const float* key) {
+  const int offset = int(slot % shape.block_size), token = offset % 16;
+  bf16* base = cache + shape.sub_block(slot / shape.block_size, head, offset);
+  for (int d = 0; d < shape.head_dim; d += 2) {
+    base[(d / 2 * 16 + token) * 2] = to_bf16(key[d]);
+    base[(d / 2 * 16 + token) * 2 + 1] = to_bf16(key[d + 1]);
+  }
+}
+
+inline void store_value(bf16* cache, const CacheShape& shape, int64_t slot, int head, const float* value) {
+  const int offset = int(slot % shape.block_size), token = offset % 16;
+  bf16* base = cache + shape.sub_block(slot / shape.block_size, head, offset);
+  for (int d = 0; d < shape.head_dim; ++d) base[(token / 2 * shape.head_dim + d) * 2 + token % 2] = to_bf16(value[d]);
+}
+
+// One unit of work: query rows of consecutive tokens of one request, for one KV head.
+struct AttentionItem {
+  int first_token, num_tokens, position, head;  // position of the first token
+  const int32_t* block_table;
+};
+
+struct AttentionBuffers {
+  bf16* queries;      // [16][D]
+  float* scores;      // [16][length], length a multiple of 32
+  bf16* weights;      // [16][length]
+  float* outputs;     // [16][D]
+};
+
+// Softmax of scores[first, last) in place as bf16 weights; everything else in [begin, length) becomes 0. Returns the
+// sum of the weights. Lanes are tied to absolute positions, so the sum does not depend on begin or length.
+inline float softmax_row(float* scores, bf16* weights, int begin, int first, int last, int length) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const auto visible = [&](int i) {
+    const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
+    return __mmask16(_mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(first)) &
+                     _mm512_cmplt_epi32_mask(at, _mm512_set1_epi32(last)));
+  };
+  __m512 peak = lowest;
+  for (int i = begin; i < last; i += 16) peak = _mm512_max_ps(_mm512_mask_loadu_ps(lowest, visible(i), scores + i), peak);
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = begin; i < length; i += 16) {
+    __m512 weight = _mm512_setzero_ps();
+    if (i < last) {
+      const __mmask16 mask = visible(i);
+      weight = _mm512_maskz_mov_ps(mask, exp512(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), top)));
+      sum = _mm512_add_ps(sum, weight);
+    }
+    store_bf16(weights + i, weight);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// queries: bf16 [T][heads][D], scaled; out: bf16 [T][heads][D].
+inline void attend(const AttentionItem& item, const bf16* queries, const bf16* keys, const bf16* values,
+                   const CacheShape& shape, int num_heads, int window, const AttentionBuffers& buffers, bf16* out) {
+  const int head_dim = shape.head_dim, share = num_heads / shape.kv_heads, rows = item.num_tokens * share;
+  const int end = item.position + item.num_tokens, padded = (end + 31) / 32 * 32;
+  const int begin = window > 0 ? std::max(0, item.position - window + 1) / 32 * 32 : 0;
+  for (int row = 0; row < rows; ++row) {
+    const int token = item.first_token + row / share, head = item.head * share + row % share;
+    std::memcpy(buffers.queries + row * head_dim, queries + (int64_t(token) * num_heads + head) * head_dim,
+                head_dim * 2);
+  }
+  const auto sub_block = [&](const bf16* cache, int at) {
+    return cache + shape.sub_block(item.block_table[at / shape.block_size], item.head, at % shape.block_size);
+  };
+  Matrix::begin_scores(rows);
+  for (int at = begin; at < end; at += 16)
+    Matrix::scores(sub_block(keys, at), buffers.queries, rows, head_dim, buffers.scores + at, padded);
+  float sums[16];
+  for (int row = 0; row < rows; ++row) {
+    const int last = item.position + row / share + 1, first = window > 0 ? std::max(0, last - window) : 0;
+    sums[row] = softmax_row(buffers.scores + int64_t(row) * padded, buffers.weights + int64_t(row) * padded, begin, first,
+                            last, padded);
+  }
+  Matrix::begin_values(rows);
+  Matrix::values([&](int at) { return sub_block(values, at); }, buffers.weights, rows, head_dim, begin, end, padded,
+                 buffers.outputs);
+  Matrix::end();
+  for (int row = 0; row < rows; ++row) {
+    const int token = item.first_token + row / share, head = item.head * share + row % share;
+    bf16* target = out + (int64_t(token) * num_heads + head) * head_dim;
+    const __m512 inverse = _mm512_set1_ps(1.0f / sums[row]);
+    for (int d = 0; d < head_dim; d += 16)
+      store_bf16(target + d, _mm512_mul_ps(_mm512_loadu_ps(buffers.outputs + row * head_dim + d), inverse));
+  }
+}

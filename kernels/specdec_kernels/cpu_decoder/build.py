@@ -1,0 +1,131 @@
+"""Compiles the C++ decoder at first use and loads it.
+
+The result is cached by a hash of sources, flags, compiler and CPU, so later processes only load it. The library is
+linked without an OpenMP runtime of its own: its symbols resolve to the one torch has loaded, since two thread pools
+on the same cores would starve each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch  # noqa: F401  (loads the OpenMP runtime that the library uses)
+
+log = logging.getLogger(__name__)
+AVX512_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+AMX_FLAGS = ("amx_tile", "amx_bf16")
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-w", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl"]
+COMPILE_FLAGS += ["-mavx512dq", "-mavx512bf16"]
+# How matrices are multiplied. "emulated" runs the AMX code on tiles in plain C++, to test it where there is no AMX.
+FLAVOURS = {
+    "avx512": [],
+    "amx": ["-DSPECDEC_AMX", "-mamx-tile", "-mamx-bf16"],
+    "emulated": ["-DSPECDEC_AMX", "-DSPECDEC_EMULATE_TILES"],
+}
+SOURCES = ("decoder.cpp", "attention.hpp", "gemm.hpp", "matrix_amx.hpp", "matrix_avx512.hpp", "simd.hpp")
+SOURCES += ("tile_emulation.hpp",)
+
+
+def cache_dir() -> Path:
+    """``SPECDEC_CACHE``, else ``XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``; in it, ``native``."""
+    base = os.environ.get("SPECDEC_CACHE")
+    if base:
+        return Path(base) / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec" / "native"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def compiler() -> str | None:
+    """``CXX``, else the first of g++ and clang++ on the path."""
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["g++", "clang++"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def native_flavour() -> str:
+    """"amx" where the CPU has it, else "avx512"."""
+    return "amx" if all(flag in cpu_flags() for flag in AMX_FLAGS) else "avx512"
+
+
+@functools.cache
+def is_available() -> tuple[bool, str]:
+    """Whether the native decoder can run here, and if not, why."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False, f"it needs Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+    missing = [flag for flag in AVX512_FLAGS if flag not in cpu_flags()]
+    if missing:
+        return False, f"the CPU lacks {', '.join(missing)}"
+    if compiler() is None:
+        return False, "no C++ compiler was found (set CXX or install g++)"
+    try:
+        library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        return False, f"the C++ decoder could not be built: {detail.strip()[-500:]}"
+    return True, ""
+
+
+@functools.cache
+def library(flavour: str | None = None) -> ctypes.CDLL:
+    """The loaded library, compiled first if the cache has none.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler failed; ``stderr`` says why.
+        OSError: it cannot be loaded, or the kernel refuses AMX.
+    """
+    flavour = flavour or native_flavour()
+    lib = ctypes.CDLL(str(_build(flavour)))
+    lib.specdec_new_workspace.restype = ctypes.c_void_p
+    lib.specdec_free_workspace.argtypes = [ctypes.c_void_p]
+    lib.specdec_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    lib.specdec_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    lib.specdec_forward.restype = None
+    if flavour == "amx" and lib.specdec_enable_amx() != 0:
+        raise OSError("the operating system refuses AMX tile state to this process")
+    return lib
+
+
+def _build(flavour: str) -> Path:
+    command = compiler()
+    assert command is not None
+    folder = Path(__file__).parent
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    flags = [*COMPILE_FLAGS, *FLAVOURS[flavour]]
+    digest = hashlib.sha256(repr((version, flags)).encode())
+    for name in SOURCES:
+        digest.update((folder / name).read_bytes())
+    target = cache_dir() / f"decoder-{flavour}-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built, unlinked = Path(scratch) / "decoder.so", Path(scratch) / "decoder.o"
+        for step in (
+            [command, *flags, "-c", str(folder / SOURCES[0]), "-o", str(unlinked)],
+            [command, "-shared", "-o", str(built), str(unlinked)],
+        ):
+            subprocess.run(step, capture_output=True, text=True, check=True)
+        built.replace(target)
+    log.info("compiled the native decoder (%s) in %.1f s", flavour, time.perf_counter() - start_s)
+    return target
