@@ -1,8 +1,8 @@
 """KV block accounting: who holds which block of the paged cache. Integers only; the tensors live elsewhere.
 
-A block is *held* (reference count > 0), *cached* (count 0, but its content is still known by a hash and may be
-shared again), or *free*. Allocation takes free blocks first, then evicts cached blocks, least recently used
-first. Prefix sharing and chained hashes follow vLLM's automatic prefix caching (SOSP 2023, section 4.4).
+A block is *held* (reference count > 0), *cached* (count 0, but its content is still known by a hash and
+may be shared again), or *free*. Allocation takes free blocks first, then evicts cached blocks, least recently
+used first. Prefix sharing and chained hashes follow vLLM's automatic prefix caching (SOSP 2023, section 4.4).
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ class StepLoop:
         speculation: draft-length controller.
     """
 
-    def __init__(self, config: SchedulerConfig, policy: BatchPolicy, speculation: SpeculationController) -> None:
+    def __init__(
+        self, config: SchedulerConfig, policy: BatchPolicy, speculation: SpeculationController
+    ) -> None:
         self.config = config
         self.policy = policy
         self.speculation = speculation
@@ -104,13 +106,13 @@ class StepLoop:
             )
         if self.pool.blocks_for(longest) > config.num_blocks:
             raise ValueError(
-                f"{name} needs {self.pool.blocks_for(longest)} KV blocks of {config.block_size} tokens, the pool "
-                f"has num_blocks={config.num_blocks}: enlarge the KV pool or lower max_tokens"
+                f"{name} needs {self.pool.blocks_for(longest)} KV blocks of {config.block_size} tokens, the "
+                f"pool has num_blocks={config.num_blocks}: enlarge the KV pool or lower max_tokens"
             )
         if not self.policy.chunked_prefill and longest > config.max_num_batched_tokens:
             raise ValueError(
-                f"{name}: {longest} tokens exceed max_num_batched_tokens={config.max_num_batched_tokens} and this "
-                "policy computes prompts whole: raise the budget or use the policy 'chunked'"
+                f"{name}: {longest} tokens exceed max_num_batched_tokens={config.max_num_batched_tokens} and "
+                "this policy computes prompts whole: raise the budget or use the policy 'chunked'"
             )
 
     def submit(self, request: Request) -> None:
@@ -120,7 +122,7 @@ class StepLoop:
         self.queue.push(request)
 
     def cancel(self, request_id: int) -> None:
-        """Forget a request, waiting or running, between a commit and the next ``begin``; unknown ids are ignored."""
+        """Forget a request, waiting or running, between ``commit`` and ``begin``; unknown ids are ignored."""
         for row in self.table.active[self.table.request_ids[self.table.active] == request_id].tolist():
             self.pool.release(self.table.blocks(row).copy())
             self.table.remove(row).state = RequestState.FINISHED
@@ -206,13 +208,14 @@ class StepLoop:
         if extra.sum() > spare:
             keep = np.cumsum(extra) <= spare
             need = np.where(keep, need, need_plain)
-            drafts = np.where(keep, drafts, np.minimum(drafts, (held + need) * size - computed - 1)).astype(np.int32)
+            fitting = np.minimum(drafts, (held + need) * size - computed - 1).astype(np.int32)
+            drafts = np.where(keep, drafts, fitting)
         if need.any():
             table.append_blocks(rows, need, self.pool.allocate(int(need.sum())))
         return drafts
 
     def _give_back(self, rows: IntArray, num_blocks: IntArray) -> bool:
-        """Release blocks beyond ``num_blocks`` of each row, left from rejected drafts; whether there were any."""
+        """Release blocks beyond ``num_blocks`` of each row, left from rejected drafts; whether any were."""
         longer = self.table.num_blocks[rows] > num_blocks
         for row, count in zip(rows[longer].tolist(), num_blocks[longer].tolist(), strict=True):
             self.pool.release(self.table.truncate_blocks(row, count))
@@ -221,7 +224,8 @@ class StepLoop:
     def _preempt(self) -> int:
         """Send the running request that is last in the queue's order back to the queue; its id."""
         table = self.table
-        row = max(table.active.tolist(), key=lambda r: (self.queue.key(table.request(r)), table.request_ids[r]))
+        rows, ids = table.active.tolist(), table.request_ids
+        row = max(rows, key=lambda r: (self.queue.key(table.request(r)), ids[r]))
         self.pool.release(table.blocks(row).copy())
         request = table.remove(row)
         request.state = RequestState.WAITING
@@ -260,7 +264,8 @@ class StepLoop:
     ) -> int:
         """Move requests from the queue to the table; the budget that is left."""
         policy, queue = self.policy, self.queue
-        if not queue or not policy.is_open(queue, self.num_running, self.config.max_num_seqs, self.draining, now_s):
+        limit = self.config.max_num_seqs
+        if not queue or not policy.is_open(queue, self.num_running, limit, self.draining, now_s):
             return budget
         while queue and not self.table.is_full and (budget > 0 or not policy.joins_running):
             request = queue.head
@@ -366,9 +371,8 @@ class StepLoop:
         computed = table.num_computed[rows]
         if (table.num_known[rows] - computed != 1).any() or self._may_admit():
             return 0
+        # The token budget may cut these drafts, but then it cuts them alike in every step.
         advance = 1 + self.speculation.num_drafts(table, rows, now_s)
-        if int(advance.sum()) > config.max_num_batched_tokens:
-            return 0
         steps = int(((table.max_tokens[rows] - table.num_generated[rows]) // advance).min())
         held, free = table.num_blocks[rows], self.pool.num_free
         low = 0
@@ -387,12 +391,12 @@ class StepLoop:
         matched = self.pool.match(hashes)
         if self._fits(request, self._shared(request, matched)):
             return True
-        # Blocks only get scarcer while rows decode, so a head that does not fit stays out, unless a running row
-        # completes the very block that the head's cached prefix lacks next.
+        # Blocks only get scarcer while rows decode, so a head that does not fit stays out, unless a running
+        # row completes the very block that the head's cached prefix lacks next.
         return len(matched) < len(hashes) and self._may_register(hashes[: len(matched) + 1])
 
     def _may_register(self, hashes: list[int]) -> bool:
-        """Whether a running row may yet name the last of ``hashes``, the blocks before it being its own too."""
+        """Whether a running row, whose blocks begin as ``hashes`` do, may yet name the last of them."""
         table, last = self.table, len(hashes) - 1
         rows = table.active[table.num_registered[table.active] <= last]
         own = (table.request(row).block_hashes[: last + 1] for row in rows.tolist())

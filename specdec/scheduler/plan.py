@@ -77,7 +77,7 @@ class StepOutcome:
         num_drafted: int32 [R], draft tokens really proposed, at most the plan's ``num_drafts``.
         num_accepted: int32 [R], of these, accepted by the verifier.
         num_emitted: int32 [R], tokens added to the output: accepted + 1, or fewer when an end-of-sequence
-            token, a stop string or ``max_tokens`` falls inside the run; 0 where the plan's ``emits`` is false.
+            token, a stop string or ``max_tokens`` falls inside the run; 0 where ``emits`` is false.
         finished: bool [R].
         draft_s, verify_s, sample_s, overhead_s: seconds by phase.
         hashed_rows: int32 [H], rows whose output completed a block, one entry per block, in order.

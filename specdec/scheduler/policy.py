@@ -78,7 +78,9 @@ class BatchPolicy(Protocol):
         """Requests may join while others run."""
         ...
 
-    def is_open(self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float) -> bool:
+    def is_open(
+        self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float
+    ) -> bool:
         """Whether waiting requests may be admitted now; the queue is not empty."""
         ...
 
@@ -94,7 +96,9 @@ class StaticBatching:
     chunked_prefill: bool = False
     joins_running: bool = False
 
-    def is_open(self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float) -> bool:
+    def is_open(
+        self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float
+    ) -> bool:
         return num_running == 0 and (draining or len(queue) >= max_num_seqs)
 
     def wake_s(self, queue: WaitingQueue) -> float:
@@ -113,7 +117,9 @@ class DynamicBatching:
         if not 0.0 <= self.window_s < math.inf:
             raise ValueError(f"window_s={self.window_s} must be a finite number of seconds >= 0")
 
-    def is_open(self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float) -> bool:
+    def is_open(
+        self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float
+    ) -> bool:
         return num_running == 0 and (len(queue) >= max_num_seqs or now_s >= self.wake_s(queue))
 
     def wake_s(self, queue: WaitingQueue) -> float:
@@ -127,7 +133,9 @@ class ContinuousBatching:
     chunked_prefill: bool = False
     joins_running: bool = True
 
-    def is_open(self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float) -> bool:
+    def is_open(
+        self, queue: WaitingQueue, num_running: int, max_num_seqs: int, draining: bool, now_s: float
+    ) -> bool:
         return True
 
     def wake_s(self, queue: WaitingQueue) -> float:
@@ -160,5 +168,7 @@ def make_policy(name: str, *, window_s: float | None = None) -> BatchPolicy:
     if window_s is None:
         return POLICIES[name]()
     if name != "dynamic":
-        raise ValueError(f"window_s={window_s} was given, but only the policy 'dynamic' has a window, not {name!r}")
+        raise ValueError(
+            f"window_s={window_s} was given, but only the policy 'dynamic' has one, not {name!r}"
+        )
     return DynamicBatching(window_s=window_s)

@@ -24,7 +24,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the output, besides the model's own end-of-sequence tokens.
         ignore_eos: go on after an end-of-sequence token.
         seed: seed of this request's noise; ``None`` derives one from the engine's seed and the request id.
-        logprobs: return this many most likely tokens, and the chosen one, with log-probabilities per position.
+        logprobs: return this many most likely tokens, and the chosen one, with log-probabilities.
 
     Raises:
         ValueError: naming the field, its value and the allowed range.
@@ -53,7 +53,11 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps all tokens)"),
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1] (1 keeps all tokens)"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1] (0 keeps all tokens)"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "a finite number > 0 (1 is off)"),
+            (
+                "repetition_penalty",
+                0.0 < self.repetition_penalty < math.inf,
+                "a finite number > 0 (1 is off)",
+            ),
             ("presence_penalty", abs(self.presence_penalty) < math.inf, "a finite number (0 is off)"),
             ("max_tokens", self.max_tokens >= 1, "an integer >= 1"),
             ("stop", all(self.stop), "non-empty strings"),

@@ -122,7 +122,11 @@ def _check_max_drafts(max_drafts: int) -> None:
         raise ValueError(f"num_drafts k={max_drafts} must be >= 0 (0 turns speculation off)")
 
 
-CONTROLLERS: dict[str, Callable[..., SpeculationController]] = {"off": Off, "fixed": Fixed, "adaptive": Adaptive}
+CONTROLLERS: dict[str, Callable[..., SpeculationController]] = {
+    "off": Off,
+    "fixed": Fixed,
+    "adaptive": Adaptive,
+}
 
 
 def make_controller(name: str, **options: Any) -> SpeculationController:

@@ -86,7 +86,8 @@ class RequestTable:
     def append_blocks(self, rows: IntArray, counts: IntArray, blocks: IntArray) -> None:
         """Append the next ``counts[i]`` of ``blocks`` to ``rows[i]``, row after row."""
         offsets = self.num_blocks[rows] - (np.cumsum(counts) - counts)
-        self.block_table[np.repeat(rows, counts), np.repeat(offsets, counts) + np.arange(blocks.size)] = blocks
+        places = np.repeat(offsets, counts) + np.arange(blocks.size)
+        self.block_table[np.repeat(rows, counts), places] = blocks
         self.num_blocks[rows] += counts
 
     def truncate_blocks(self, row: int, count: int) -> IntArray:

@@ -44,7 +44,7 @@ def configs(draw: st.DrawFn, policy: str, order: str, longest: int) -> Scheduler
         block_size=block_size,
         max_model_len=longest,
         prefix_caching=draw(st.sampled_from((True, True, True, False))),
-        watermark=draw(st.sampled_from((0.0, 0.1))),
+        watermark=draw(st.sampled_from((0.0, 0.1, 0.5))),
         order=order,
     )
 

@@ -13,12 +13,14 @@ from tests.scheduler.traffic import Driver, Job, Traffic
 REPEATABLE = settings(derandomize=True, deadline=None, database=None)
 
 
-def decoding(num_requests: int, max_tokens: int, drafts: int = 0, **limits) -> Driver:
+def decoding(
+    num_requests: int, max_tokens: int, drafts: int = 0, acceptance: float = 0.5, **limits
+) -> Driver:
     """A driver whose requests, of two-token prompts, have been computed and decode from here."""
     requests = [Request(request_id=i, prompt_len=2, max_tokens=max_tokens) for i in range(num_requests)]
     jobs = [Job(request, [request.request_id] * 2) for request in requests]
     controller = make_controller("fixed", max_drafts=drafts) if drafts else make_controller("off")
-    traffic = Traffic(acceptance=0.5, vocab_size=3)
+    traffic = Traffic(acceptance=acceptance, vocab_size=3, short_drafts=0.0)
     driver = Driver(SchedulerConfig(**limits), make_policy("continuous"), controller, traffic, jobs)
     driver.step()
     return driver
@@ -81,7 +83,7 @@ def test_a_queue_does_not_end_the_horizon_while_nobody_can_leave_it(max_num_seqs
 
 def a_blocked_loop(shares_first: bool) -> StepLoop:
     """One request decodes in its second block; the head of the queue lacks blocks, perhaps that very one."""
-    driver = decoding(1, 6, max_num_seqs=2, num_blocks=4, block_size=2, max_model_len=8, watermark=0.0)
+    driver = decoding(1, 6, max_num_seqs=2, num_blocks=4, block_size=2, max_model_len=8, watermark=0.25)
     first = driver.loop.table.request(0).block_hashes[0] if shares_first else 6
     driver.loop.submit(Request(request_id=1, prompt_len=7, max_tokens=1, block_hashes=[first, 7, 8]))
     return driver.loop
@@ -90,6 +92,23 @@ def a_blocked_loop(shares_first: bool) -> StepLoop:
 def test_a_row_that_may_complete_the_block_the_head_lacks_ends_the_horizon() -> None:
     assert a_blocked_loop(shares_first=True).horizon(0.0) == 0
     assert a_blocked_loop(shares_first=False).horizon(0.0) > 0
+
+
+def test_a_row_lets_the_head_in_by_completing_a_block_that_it_lacks() -> None:
+    """The head needs 5 blocks and 4 are free, until row 0 names its first: no promise may reach so far."""
+    driver = decoding(1, 20, drafts=3, acceptance=0.0, num_blocks=6, block_size=4, max_model_len=24)
+    driver.step()
+    own = driver.jobs[0].tokens
+    assert len(own) == 4 and driver.loop.pool.num_free == 4
+    driver.add(Job(Request(request_id=1, prompt_len=20, max_tokens=1), own + [2] * 16))
+    assert [driver.step().admitted.tolist() for _ in range(2)] == [[], [1]]
+
+
+def test_drafts_cut_by_the_token_budget_are_foretold_too() -> None:
+    limits = {"max_num_seqs": 3, "max_num_batched_tokens": 104, "num_blocks": 64, "max_model_len": 102}
+    driver = decoding(3, 100, drafts=40, **limits)
+    assert driver.loop.horizon(driver.now_s) == 2
+    assert [driver.step().num_drafts.tolist() for _ in range(2)] == [[34, 34, 33]] * 2
 
 
 @pytest.mark.parametrize("policy", ["continuous", "chunked"])

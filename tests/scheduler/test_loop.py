@@ -61,7 +61,7 @@ def test_every_request_ends_and_no_block_is_wrong(policy: str, order: str, contr
     holds()
 
 
-@settings(REPEATABLE, max_examples=1500)
+@settings(REPEATABLE, max_examples=1000)
 @given(scenarios())
 def test_random_scenarios(scenario: Scenario) -> None:
     scenario.driver().run()
@@ -80,7 +80,8 @@ def test_other_traffic_gives_other_plans() -> None:
     """Negative control of the test above."""
     config = SchedulerConfig(max_num_seqs=4, num_blocks=16, block_size=4, max_model_len=24)
     runs = [
-        Driver(config, make_policy("chunked"), make_controller("off"), Traffic(seed=seed)).run() for seed in (0, 1)
+        Driver(config, make_policy("chunked"), make_controller("off"), Traffic(seed=seed)).run()
+        for seed in (0, 1)
     ]
     with pytest.raises(AssertionError):
         for left, right in zip(*(run.plans for run in runs), strict=True):
@@ -134,7 +135,7 @@ def test_a_full_prefix_hit_is_copied_before_its_last_token_is_computed() -> None
 
 def test_a_preempted_request_resumes_with_its_tokens_and_hits_the_prefix_cache() -> None:
     """Two requests of up to 16 tokens in 20 slots: the later one yields, then goes on where it was."""
-    jobs = [a_job(0, [0, 0, 0, 0], 12), a_job(1, [1, 1, 1, 1], 12)]
+    jobs = [a_job(0, [0, 0, 0, 0], 8), a_job(1, [1, 1, 1, 1], 12)]
     driver = a_driver("continuous", 0, jobs, num_blocks=10, block_size=2, max_model_len=16, watermark=0.0)
     driver.run()
     left = next(plan for plan in driver.plans if plan.preempted.size)
@@ -144,7 +145,7 @@ def test_a_preempted_request_resumes_with_its_tokens_and_hits_the_prefix_cache()
     back = next(plan for plan in driver.plans[left.step :] if 1 in plan.admitted)
     place = back.request_ids.tolist().index(1)
     assert generated == 7
-    assert back.num_cached[0] > 4, "the cache held generated tokens too"
+    assert back.num_cached[0] == 8, "row 0 evicted one block of five; two of the others hold generated tokens"
     assert back.context[place] + back.num_new[place] == 4 + generated
     assert jobs[1].request.num_preemptions == 1 and jobs[1].request.num_generated == 12
     assert jobs[0].request.num_preemptions == 0
@@ -185,7 +186,9 @@ def test_blocks_left_from_rejected_drafts_are_given_back_before_a_request_is_pre
 
 def test_drafts_count_against_the_token_budget_and_are_shared_evenly() -> None:
     jobs = [a_job(i, [i], 20) for i in range(3)]
-    driver = a_driver("chunked", 8, jobs, max_num_seqs=3, max_num_batched_tokens=10, num_blocks=64, max_model_len=32)
+    driver = a_driver(
+        "chunked", 8, jobs, max_num_seqs=3, max_num_batched_tokens=10, num_blocks=64, max_model_len=32
+    )
     driver.step()
     plan = driver.step()
     assert plan.num_new.tolist() == [1, 1, 1] and plan.num_drafts.tolist() == [3, 2, 2]
@@ -221,7 +224,10 @@ def test_an_unknown_id_cannot_be_cancelled_and_does_no_harm() -> None:
     [
         ({"prompt_len": 30, "max_tokens": 3}, "prompt of 30 tokens .* max_model_len=32: shorten the prompt"),
         ({"prompt_len": 20, "max_tokens": 5}, "needs 7 KV blocks .* num_blocks=6: enlarge the KV pool"),
-        ({"prompt_len": 17, "max_tokens": 4}, "max_num_batched_tokens=20 .* raise the budget or use .*'chunked'"),
+        (
+            {"prompt_len": 17, "max_tokens": 4},
+            "max_num_batched_tokens=20 .* raise the budget or use .*'chunked'",
+        ),
     ],
 )
 def test_a_request_that_can_never_run_is_refused_at_once(changes: dict[str, int], message: str) -> None:
@@ -251,7 +257,10 @@ def test_chunked_prefill_takes_prompts_beyond_the_token_budget() -> None:
         ({"num_blocks": -1}, "num_blocks=-1 must be >= 1"),
         ({"block_size": 0}, "block_size=0 must be >= 1"),
         ({"max_model_len": 0}, "max_model_len=0 must be >= 1"),
-        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens=8 is less than max_num_seqs=9"),
+        (
+            {"max_num_seqs": 9, "max_num_batched_tokens": 8},
+            "max_num_batched_tokens=8 is less than max_num_seqs=9",
+        ),
         ({"watermark": 1.0}, r"watermark=1.0 must be in \[0, 1\)"),
     ],
 )
@@ -278,5 +287,7 @@ def test_an_idle_loop_plans_nothing() -> None:
 def test_first_token_and_finish_times_are_ends_of_steps() -> None:
     driver = a_driver("continuous", 0, [a_job(0, [0, 1], 3)], num_blocks=8, max_model_len=8).run()
     request = driver.jobs[0].request
-    np.testing.assert_allclose([request.first_scheduled_s, request.first_token_s, request.finish_s], [0, 0.01, 0.03])
+    np.testing.assert_allclose(
+        [request.first_scheduled_s, request.first_token_s, request.finish_s], [0, 0.01, 0.03]
+    )
     assert request.num_steps == 3

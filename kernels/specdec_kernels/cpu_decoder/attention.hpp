@@ -42,15 +42,15 @@ struct AttentionItem {
 };
 
 struct AttentionBuffers {
-  bf16* queries;      // [16][D]
+  Input* queries;     // [16][D]
   float* scores;      // [16][length], length a multiple of 32
-  bf16* weights;      // [16][length]
+  Input* weights;     // [16][length]
   float* outputs;     // [16][D]
 };
 
-// Softmax of scores[first, last) in place as bf16 weights; everything else in [begin, length) becomes 0. Returns the
+// Softmax of scores[first, last) into weights; everything else in [begin, length) becomes 0. Returns the
 // sum of the weights. Lanes are tied to absolute positions, so the sum does not depend on begin or length.
-inline float softmax_row(float* scores, bf16* weights, int begin, int first, int last, int length) {
+inline float softmax_row(const float* scores, Input* weights, int begin, int first, int last, int length) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   const auto visible = [&](int i) {
@@ -69,21 +69,21 @@ inline float softmax_row(float* scores, bf16* weights, int begin, int first, int
       weight = _mm512_maskz_mov_ps(mask, exp512(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), top)));
       sum = _mm512_add_ps(sum, weight);
     }
-    store_bf16(weights + i, weight);
+    store(weights + i, weight);
   }
   return _mm512_reduce_add_ps(sum);
 }
 
-// queries: bf16 [T][heads][D], scaled; out: bf16 [T][heads][D].
-inline void attend(const AttentionItem& item, const bf16* queries, const bf16* keys, const bf16* values,
-                   const CacheShape& shape, int num_heads, int window, const AttentionBuffers& buffers, bf16* out) {
+// queries: [T][heads][D], scaled; out: [T][heads][D].
+inline void attend(const AttentionItem& item, const Input* queries, const bf16* keys, const bf16* values,
+                   const CacheShape& shape, int num_heads, int window, const AttentionBuffers& buffers, Input* out) {
   const int head_dim = shape.head_dim, share = num_heads / shape.kv_heads, rows = item.num_tokens * share;
   const int end = item.position + item.num_tokens, padded = (end + 31) / 32 * 32;
   const int begin = window > 0 ? std::max(0, item.position - window + 1) / 32 * 32 : 0;
   for (int row = 0; row < rows; ++row) {
     const int token = item.first_token + row / share, head = item.head * share + row % share;
     std::memcpy(buffers.queries + row * head_dim, queries + (int64_t(token) * num_heads + head) * head_dim,
-                head_dim * 2);
+                head_dim * sizeof(Input));
   }
   const auto sub_block = [&](const bf16* cache, int at) {
     return cache + shape.sub_block(item.block_table[at / shape.block_size], item.head, at % shape.block_size);
@@ -103,9 +103,9 @@ inline void attend(const AttentionItem& item, const bf16* queries, const bf16* k
   Matrix::end();
   for (int row = 0; row < rows; ++row) {
     const int token = item.first_token + row / share, head = item.head * share + row % share;
-    bf16* target = out + (int64_t(token) * num_heads + head) * head_dim;
+    Input* target = out + (int64_t(token) * num_heads + head) * head_dim;
     const __m512 inverse = _mm512_set1_ps(1.0f / sums[row]);
     for (int d = 0; d < head_dim; d += 16)
-      store_bf16(target + d, _mm512_mul_ps(_mm512_loadu_ps(buffers.outputs + row * head_dim + d), inverse));
+      store(target + d, _mm512_mul_ps(_mm512_loadu_ps(buffers.outputs + row * head_dim + d), inverse));
   }
 }

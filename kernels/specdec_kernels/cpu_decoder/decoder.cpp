@@ -1,6 +1,6 @@
 // A whole decoder step in one call: embedding, layers, final norm, head. One OpenMP region per step.
 //
-// The residual stream is float32, matrix inputs are bf16, accumulation is float32. Every phase works on rows or
+// Weights, keys and values are bf16; the residual stream and all accumulation are float32. Every phase works on rows or
 // output columns independently, so a token's result is the same to the bit in any batch.
 #include <omp.h>
 #include <sys/mman.h>
@@ -82,7 +82,7 @@ class Workspace {
 
 struct Buffers {
   float *x, *projected, *qkv;
-  bf16 *normed, *queries, *attended, *hidden;
+  Input *normed, *queries, *attended, *hidden;
   std::vector<AttentionBuffers> attention;
 };
 
@@ -125,19 +125,19 @@ class StepRunner {
   void allocate(Workspace& workspace) {
     const size_t tokens = round_up(std::max(s_.num_tokens, s_.num_logits), 32), length = round_up(longest_, 32);
     const size_t q_size = size_t(m_.heads) * m_.head_dim, d = m_.head_dim;
-    const size_t per_token = 8 * m_.hidden + 4 * qkv_size_ + 2 * (m_.hidden + 2 * q_size + m_.intermediate);
-    const size_t per_thread = 16 * (2 * d + 4 * length + 2 * length + 4 * d) + 1024;
+    const size_t per_token = 8 * m_.hidden + 4 * qkv_size_ + sizeof(Input) * (m_.hidden + 2 * q_size + m_.intermediate);
+    const size_t per_thread = 16 * (sizeof(Input) + 4) * (d + length) + 1024;
     workspace.reserve(tokens * per_token + per_thread * s_.num_threads + 4096);
     b_.x = workspace.take<float>(tokens * m_.hidden);
     b_.projected = workspace.take<float>(tokens * m_.hidden);
     b_.qkv = workspace.take<float>(tokens * qkv_size_);
-    b_.normed = workspace.take<bf16>(tokens * m_.hidden);
-    b_.queries = workspace.take<bf16>(tokens * q_size);
-    b_.attended = workspace.take<bf16>(tokens * q_size);
-    b_.hidden = workspace.take<bf16>(tokens * m_.intermediate);
+    b_.normed = workspace.take<Input>(tokens * m_.hidden);
+    b_.queries = workspace.take<Input>(tokens * q_size);
+    b_.attended = workspace.take<Input>(tokens * q_size);
+    b_.hidden = workspace.take<Input>(tokens * m_.intermediate);
     for (int i = 0; i < s_.num_threads; ++i)
-      b_.attention.push_back({workspace.take<bf16>(16 * d), workspace.take<float>(16 * length),
-                              workspace.take<bf16>(16 * length), workspace.take<float>(16 * d)});
+      b_.attention.push_back({workspace.take<Input>(16 * d), workspace.take<float>(16 * length),
+                              workspace.take<Input>(16 * length), workspace.take<float>(16 * d)});
   }
 
   template <class Work>
@@ -193,8 +193,8 @@ class StepRunner {
     gemm(b_.normed, s_.num_tokens, gate_up, thread, threads, [&](int row, int rows, int group, const float* block) {
       for (int r = 0; r < rows; ++r) {
         const __m512 gate = activate(_mm512_loadu_ps(block + r * GROUP), m_.activation);
-        store_bf16(b_.hidden + int64_t(row + r) * m_.intermediate + group * 16,
-                   _mm512_mul_ps(gate, _mm512_loadu_ps(block + r * GROUP + 16)));
+        store(b_.hidden + int64_t(row + r) * m_.intermediate + group * 16,
+              _mm512_mul_ps(gate, _mm512_loadu_ps(block + r * GROUP + 16)));
       }
     });
 #pragma omp barrier
@@ -204,7 +204,7 @@ class StepRunner {
   }
 
   // x = x + a·W (+ bias), the product normalised first if the family has post-norms.
-  void project(const bf16* a, const Packed& w, const float* bias, const float* post_norm, int thread, int threads) {
+  void project(const Input* a, const Packed& w, const float* bias, const float* post_norm, int thread, int threads) {
     float* target = post_norm ? b_.projected : b_.x;
     gemm(a, s_.num_tokens, w, thread, threads, [&](int row, int rows, int group, const float* block) {
       for (int r = 0; r < rows; ++r)
@@ -231,7 +231,7 @@ class StepRunner {
     });
   }
 
-  // Per token and head: qk-norm, rotation, scaled queries to bf16, keys and values into the cache.
+  // Per token and head: qk-norm, rotation, scaled queries, keys and values into the cache.
   void rotate_and_store(const LayerWeights& w, bf16* keys, bf16* values, int thread, int threads) {
     const int d = m_.head_dim, all = m_.heads + 2 * m_.kv_heads;
     split(s_.num_tokens * all, thread, threads, [&](int i) {
@@ -254,9 +254,9 @@ class StepRunner {
         store_key(keys, cache_, s_.slots[t], h - m_.heads, head);
         return;
       }
-      bf16* query = b_.queries + (int64_t(t) * m_.heads + h) * d;
+      Input* query = b_.queries + (int64_t(t) * m_.heads + h) * d;
       const __m512 scale = _mm512_set1_ps(m_.attention_scale);
-      for (int j = 0; j < d; j += 16) store_bf16(query + j, _mm512_mul_ps(_mm512_loadu_ps(head + j), scale));
+      for (int j = 0; j < d; j += 16) store(query + j, _mm512_mul_ps(_mm512_loadu_ps(head + j), scale));
     });
   }
 

@@ -21,7 +21,10 @@ static_assert(sizeof(TileConfig) == 64, "the hardware reads 64 bytes");
 
 
 struct Matrix {
+  using Input = bf16;
   static constexpr int BLOCK_ROWS = 32;
+
+  static int block_rows(int) { return BLOCK_ROWS; }
 
   // Tiles 0-3 accumulate, 4-5 hold rows of A, 6-7 panels of W.
   static void begin_product(int num_rows) {
