@@ -3,33 +3,41 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.specdec-installed
+DEV_STAMP := $(VENV)/.specdec-dev-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup dev quickstart test lint format clean
 
 setup: $(STAMP)
+
+dev: $(DEV_STAMP)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "specdec needs Python >= 3.11; point PYTHON at one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-		{ echo "could not make $(VENV): install your system's venv package (e.g. python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
-	@touch $(STAMP)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "$(PYTHON) cannot make $(VENV): install your system's venv package (e.g. apt install python3-venv)"; exit 1; }
+	@echo "installing into $(VENV): a few minutes the first time"
+	@$(PIP) install -qq --editable '.[test]'
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@$(PIP) install -qq --editable '.[test,dev]'
+	@touch $@
 
 quickstart: setup
 	$(BIN)/python -m specdec.run +experiment=quickstart
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-lint: setup
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-format: setup
+format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,20 +1,44 @@
 """Schemas of the experiment configuration: one frozen dataclass per group of ``conf/``.
 
-Hydra composes plain YAML; :func:`validate` then checks every key and type against these classes and returns a
-frozen :class:`Config`. A group whose options depend on a choice (``drafter``, ``policy``, ``speculation``,
-``experiment``) has one schema per ``name``, so an option that the choice does not have is an error.
+:func:`register` puts them into Hydra's ConfigStore under ``schema/``, and every file of ``conf/`` starts from
+its schema and holds only what differs. So Hydra itself refuses unknown keys and wrong types; :func:`validate`
+checks the rest (appended keys, choices, ranges) and returns a frozen :class:`Config`. A group whose options
+depend on a choice (``drafter``, ``policy``, ``speculation``, ``experiment``) has one schema per ``name``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from specdec.names import unknown_name
+
+# Allowed values of options that are words. A test holds them equal to the tables of the code that uses them.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("bfloat16", "float32", "float16"),
+    "model.backend": ("auto", "eager", "native"),
+    "verify.rule": ("token", "block"),
+    "policy.order": ("fcfs", "sjf", "priority", "edf"),
+    "tracking.mode": ("offline", "online", "disabled"),
+    "experiment.arrivals": ("poisson", "gamma", "uniform", "at_once"),
+}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_rate(key: str, rate: float | None) -> None:
+    _require(rate is not None and 0.0 <= rate <= 1.0, f"{key}: acceptance rate {rate} must lie in [0, 1]")
+
+
+def _check_num_drafts(key: str, num_drafts: int) -> None:
+    _require(num_drafts >= 0, f"{key}={num_drafts} must be >= 0 (0 turns speculation off)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,11 @@ class SyntheticConfig:
     rates: list[float] | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for rate in [self.alpha] if self.rates is None else self.rates:
+            _require(rate is not None, "drafter.alpha is null: give it, or drafter.rates (one per position)")
+            _check_rate("drafter.alpha" if self.rates is None else "drafter.rates", rate)
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -76,6 +105,9 @@ class DynamicPolicyConfig(PolicyConfig):
     name: str = "dynamic"
     window_s: float = 0.05
 
+    def __post_init__(self) -> None:
+        _require(self.window_s >= 0, f"policy.window_s={self.window_s} must be >= 0 seconds")
+
 
 @dataclass(frozen=True)
 class SpeculationOff:
@@ -89,6 +121,9 @@ class FixedConfig:
     name: str = "fixed"
     num_drafts: int = 4
 
+    def __post_init__(self) -> None:
+        _check_num_drafts("speculation.num_drafts", self.num_drafts)
+
 
 @dataclass(frozen=True)
 class AdaptiveConfig:
@@ -98,6 +133,9 @@ class AdaptiveConfig:
     num_drafts: int = 8
     cost_ratio: float = 0.05
     probe_every: int = 16
+
+    def __post_init__(self) -> None:
+        _check_num_drafts("speculation.num_drafts", self.num_drafts)
 
 
 @dataclass(frozen=True)
@@ -109,10 +147,10 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """prompts: "builtin" or a path to JSON lines in Spec-Bench's form. tasks: only these. num_prompts: at most
-    so many, evenly over the tasks."""
+    """prompts: "builtin" or a path to JSON lines in Spec-Bench's form. tasks: only these. num_prompts: at
+    most so many, evenly over the tasks."""
 
-    prompts: str = "builtin"
+    prompts: str
     tasks: list[str] | None = None
     num_prompts: int | None = None
 
@@ -176,11 +214,17 @@ class AcceptanceSweepConfig:
     batch: int = 1
     repeats: int = 2
 
+    def __post_init__(self) -> None:
+        for alpha in self.alphas:
+            _check_rate("experiment.alphas", alpha)
+        for num_drafts in self.num_drafts:
+            _check_num_drafts("experiment.num_drafts", num_drafts)
+
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """arrivals: poisson, gamma, uniform or at_once. cv: coefficient of variation of gamma's gaps. slo_*: limits
-    that a request must meet to count as good."""
+    """arrivals: poisson, gamma, uniform or at_once. cv: coefficient of variation of gamma's gaps. slo_*:
+    limits that a request must meet to count as good."""
 
     name: str = "serve"
     num_requests: int = 48
@@ -190,10 +234,15 @@ class ServeConfig:
     slo_ttft_s: float = 1.0
     slo_tpot_s: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "rate_per_s", "cv", "slo_ttft_s", "slo_tpot_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"experiment.{name}={value} must be > 0")
+
 
 @dataclass(frozen=True)
 class CpuBenchConfig:
-    """peers: engines to compare with when installed. repeats: interleaved rounds. threads: of every engine."""
+    """peers: engines to compare with when installed. repeats: interleaved rounds. threads: of each engine."""
 
     name: str = "cpu_bench"
     peers: list[str] = field(default_factory=lambda: ["transformers", "vllm", "llama_cpp"])
@@ -241,7 +290,7 @@ GROUPS: dict[str, type] = {
 @dataclass(frozen=True)
 class Config:
     """A validated configuration. ``drafter``, ``policy``, ``speculation`` and ``experiment`` hold the schema
-    that their ``name`` chose (see ``VARIANTS``)."""
+    that their ``name`` chose (see ``VARIANTS``). ``output_root``: run directories are made below it."""
 
     experiment: Any
     model: ModelConfig
@@ -253,60 +302,88 @@ class Config:
     sampling: SamplingConfig
     engine: EngineConfig
     tracking: TrackingConfig
-    seed: int
-    output_root: str
+    seed: int = 0
+    output_root: str = "runs"
 
     def as_dict(self) -> dict[str, Any]:
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        """Plain values, as in ``config.yaml``."""
+        return asdict(self)
 
 
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+def register() -> None:
+    """Store every schema under ``schema/`` in Hydra's ConfigStore; again is harmless."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=_open(_root_schema()))
+    for group, schema in GROUPS.items():
+        store.store(group="schema", name=group, node=_open(schema))
+    for group, variants in VARIANTS.items():
+        for name, schema in variants.items():
+            store.store(group=f"schema/{group}", name=name, node=_open(schema))
 
 
-def validate(raw: DictConfig | Mapping[str, Any]) -> Config:
+def _root_schema() -> type:
+    """:class:`Config` as Hydra fills it: each group is whatever schema its file starts from."""
+    groups = [(name, Any, field(default=MISSING)) for name in (*GROUPS, *VARIANTS)]
+    plain = [
+        (item.name, type(item.default), field(default=item.default))
+        for item in fields(Config)
+        if item.default is not NO_DEFAULT
+    ]
+    return make_dataclass("Root", groups + plain)
+
+
+def _open(schema: type) -> DictConfig:
+    """The schema as a node that can be filled: only the filled object is frozen."""
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, False)
+    return node
+
+
+def validate(raw: DictConfig) -> Config:
     """Check a composed configuration and freeze it.
 
     Raises:
-        ValueError: an unknown key or choice (with the nearest ones) or a wrong type, naming the key.
+        ValueError: an unknown key or choice (with the nearest ones), a missing value or one out of range,
+            naming the key.
     """
-    content = OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True)
-    assert isinstance(content, dict)
-    allowed = [item.name for item in fields(Config)]
-    for key in content:
-        if key not in allowed:
-            raise unknown_name("configuration key", key, allowed)
-    for key in allowed:
-        if key not in content:
-            raise ValueError(f"the configuration has no {key!r}: choose one, e.g. +{key}=…")
-    values: dict[str, Any] = {"output_root": str(content["output_root"])}
-    values["seed"] = _typed("seed", make_dataclass("Root", [("seed", int, 0)]), {"seed": content["seed"]}).seed
-    for group in (*GROUPS, *VARIANTS):
-        node = content[group]
-        if not isinstance(node, dict):
-            raise ValueError(f"{group}={node!r} must be a group of options")
-        values[group] = _typed(group, _schema(group, node), node)
-    return Config(**values)
+    _check_keys(raw, "")
+    if "experiment" in OmegaConf.missing_keys(raw):
+        raise ValueError(
+            f"no experiment chosen: add +experiment=NAME, one of {', '.join(VARIANTS['experiment'])}"
+        )
+    for key in sorted(OmegaConf.missing_keys(raw)):
+        raise ValueError(f"{key} has no value: give it, e.g. {key}=…")
+    for group, variants in VARIANTS.items():
+        _check_variant(group, raw[group], variants)
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(raw, key)
+        if value is not None and value not in choices:
+            raise unknown_name(key, value, choices)
+    return Config(**{str(key): _plain(node) for key, node in raw.items()})
 
 
-def _schema(group: str, node: Mapping[Any, Any]) -> type:
-    if group in GROUPS:
-        return GROUPS[group]
-    name = node.get("name")
-    if name not in VARIANTS[group]:
-        raise unknown_name(f"{group} name", name, VARIANTS[group])
-    return VARIANTS[group][name]
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_object(value) if isinstance(value, DictConfig) else value
 
 
-def _typed(group: str, schema: type, node: Mapping[Any, Any]) -> Any:
-    allowed = [item.name for item in fields(schema)]
+def _check_keys(node: DictConfig, prefix: str) -> None:
+    """No key beyond the schemas: Hydra lets ``+key=value`` append what they do not have."""
+    schema = OmegaConf.get_type(node)
+    if not is_dataclass(schema):
+        raise ValueError(f"{prefix.rstrip('.')} must be chosen by name, not {OmegaConf.to_container(node)}")
+    known = [f"{prefix}{item.name}" for item in fields(schema)]
     for key in node:
-        if key not in allowed:
-            raise unknown_name(f"key {group}.{key}: {schema.__name__} has no option", str(key), allowed)
-    structured = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(structured, False)  # the schema is frozen, its filling is not
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(structured, node))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ValueError(f"{group}.{key}: {str(error).splitlines()[0]}") from None
+        if f"{prefix}{key}" not in known:
+            raise unknown_name("key", f"{prefix}{key}", known)
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            _check_keys(child, f"{prefix}{key}.")
+
+
+def _check_variant(group: str, node: DictConfig, variants: dict[str, type]) -> None:
+    """A choice is made by its group: ``drafter=ngram``, never ``drafter.name=ngram``."""
+    name, schema = node["name"], OmegaConf.get_type(node)
+    if name not in variants:
+        raise unknown_name(f"{group} name", name, variants)
+    if variants[name] is not schema:
+        raise ValueError(f"{group}.name={name} does not fit the other options: choose it with {group}={name}")

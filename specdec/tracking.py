@@ -1,31 +1,43 @@
 """Where results go: the run directory, and Weights & Biases beside it.
 
-The directory is the truth; W&B gets the same metrics, tables, plots and traces. ``offline`` (the default) needs
-neither network nor account: ``wandb sync <run directory>/wandb/offline-run-…`` uploads it later.
+The directory is the truth; W&B gets the same metrics, tables, plots and traces, and keeps its own files in
+``wandb/`` below it. ``offline`` (the default) needs neither network nor account:
+``wandb sync <run directory>/wandb/offline-run-…`` uploads it later.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
-from specdec.config import TrackingConfig
+from specdec.config import CHOICES, TrackingConfig
 from specdec.names import unknown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MODES = ("offline", "online", "disabled")
-log = logging.getLogger(__name__)
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for the duration of a context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -59,15 +71,17 @@ class Run:
     directory: Path
     console: Console = field(default_factory=Console)
     _wandb: Any = None
+    _closing: ExitStack = field(default_factory=ExitStack)
 
     @property
     def trace_directory(self) -> Path:
         return self.directory / "trace"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Scalars by name, to W&B's charts."""
+        """Scalars by name, to W&B's charts; ``step`` is their horizontal axis."""
         if self._wandb:
-            self._wandb.log(dict(metrics), step=step)
+            # W&B's own step must never fall and counts tables too, so ours is a metric beside the others.
+            self._wandb.log(dict(metrics) if step is None else {**metrics, "step": step})
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of equal-keyed rows: ``tables/<name>.json`` and a W&B table."""
@@ -77,8 +91,8 @@ class Run:
         if self._wandb and rows:
             import wandb
 
-            columns = list(rows[0])
-            data = [[_finite(row[column]) for column in columns] for row in rows]
+            columns: list[str | int] = list(rows[0])
+            data = [[_finite(row[column]) for column in rows[0]] for row in rows]
             self._wandb.log({name: wandb.Table(columns=columns, data=data)})
 
     def log_figure(self, name: str, figure: Figure) -> Path:
@@ -106,9 +120,10 @@ class Run:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` and close the W&B run."""
         write_json(self.directory / "summary.json", summary)
-        if self._wandb:
-            self._wandb.summary.update(_flat(summary))
-            self._wandb.finish(exit_code=0 if summary.get("status") == "ok" else 1, quiet=True)
+        with self._closing:
+            if self._wandb:
+                self._wandb.summary.update(_flat(summary))
+                self._wandb.finish(exit_code=0 if summary.get("status") == "ok" else 1)
 
 
 def start_run(
@@ -116,17 +131,43 @@ def start_run(
 ) -> Run:
     """Open a run in ``directory``; the W&B side follows ``tracking.mode``.
 
+    Args:
+        config: what W&B shows as the run's configuration.
+        job_type: the experiment.
+        group: W&B group when ``tracking.group`` names none; runs of one sweep share it.
+
     Raises:
-        ValueError: unknown mode, with the nearest ones.
+        ValueError: unknown mode, with the nearest ones, or W&B cannot start.
     """
-    if tracking.mode not in MODES:
-        raise unknown_name("tracking.mode", tracking.mode, MODES)
+    modes = CHOICES["tracking.mode"]
+    if tracking.mode not in modes:
+        raise unknown_name("tracking.mode", tracking.mode, modes)
     directory.mkdir(parents=True, exist_ok=True)
     run = Run(directory)
     if tracking.mode != "disabled":
-        import wandb
+        with ExitStack() as stack:
+            stack.enter_context(_wandb_folders(directory))
+            run._wandb = _start_wandb(directory, config, tracking, job_type, group)
+            run._closing = stack.pop_all()
+    return run
 
-        run._wandb = wandb.init(
+
+def _wandb_folders(directory: Path) -> AbstractContextManager[None]:
+    """W&B's caches and staged artifacts go beside the run's own files, unless the user put them elsewhere."""
+    folders = {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data"}
+    base = directory.resolve() / "wandb"
+    return environment(
+        **{name: str(base / folder) for name, folder in folders.items() if name not in os.environ}
+    )
+
+
+def _start_wandb(
+    directory: Path, config: Mapping[str, Any], tracking: TrackingConfig, job_type: str, group: str | None
+) -> Any:
+    import wandb
+
+    try:
+        run = wandb.init(
             project=tracking.project,
             entity=tracking.entity,
             group=tracking.group or group,
@@ -134,10 +175,15 @@ def start_run(
             job_type=job_type,
             name=f"{job_type}-{directory.name}",
             dir=str(directory),
-            mode=tracking.mode,
+            mode=cast(Any, tracking.mode),
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
+    except wandb.Error as error:
+        raise ValueError(
+            f"W&B did not start ({error}): log in with `wandb login`, or tracking.mode=offline"
+        ) from error
+    run.define_metric("*", step_metric="step")
     return run
 
 

@@ -16,8 +16,6 @@ from specdec_kernels.cpu_decoder.build import library
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 HUGE_PAGE = 1 << 21
-# The last prefetches of a matrix reach past its end; they must stay inside the buffer.
-PADDING_BYTES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +132,7 @@ class _Packer:
     """Lays matrices out one after another in a single huge-page buffer, in the order they are used."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._raw = torch.empty(num_bytes + HUGE_PAGE + PADDING_BYTES, dtype=torch.uint8)
+        self._raw = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
         self._used = -self._raw.data_ptr() % HUGE_PAGE
         library().specdec_advise_huge_pages(self._raw.data_ptr() + self._used, num_bytes)
 

@@ -38,9 +38,11 @@ struct Matrix {
 
   static void end() { _tile_release(); }
 
-  // scratch[rows][32] = a[rows][32 * steps] times one packed group. Rows of A are readable up to a multiple of 16.
-  template <bool STREAM>
-  static void product(const bf16* a, int inputs, int rows, const bf16* w, int steps, float* scratch) {
+  // scratch[rows][32] = a[rows][32 * steps] times one packed group, asking for 16 · LINES cache lines a step from
+  // ahead on. Rows of A are readable up to a multiple of 16.
+  template <int LINES>
+  static void product(const bf16* a, int inputs, int rows, const bf16* w, int steps, float* scratch,
+                      const char* ahead) {
     const int stride = inputs * 2;
     const bf16* b = a + 16 * inputs;
     const bool both = rows > 16;
@@ -49,7 +51,7 @@ struct Matrix {
     _tile_zero(2);
     _tile_zero(3);
     for (int step = 0; step < steps; ++step, a += 32, b += 32, w += 2 * TILE_ELEMENTS) {
-      if (STREAM) prefetch_ahead(w);
+      for (int line = 0; line < 16 * LINES; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
       _tile_loadd(4, a, stride);
       _tile_loadd(6, w, 64);
       _tile_loadd(7, w + TILE_ELEMENTS, 64);

@@ -50,20 +50,21 @@ struct Matrix {
   static void begin_values(int) {}
   static void end() {}
 
-  // scratch[rows][32] = a[rows][32 * steps] times one packed group.
-  template <bool STREAM>
-  static void product(const float* a, int inputs, int rows, const bf16* w, int steps, float* scratch) {
-    with_rows<BLOCK_ROWS>(rows, [&](auto count) { product_rows<count(), STREAM>(a, inputs, w, steps, scratch); });
+  // scratch[rows][32] = a[rows][32 * steps] times one packed group, asking for LINES cache lines a pair from ahead on.
+  template <int LINES>
+  static void product(const float* a, int inputs, int rows, const bf16* w, int steps, float* scratch, const char* ahead) {
+    with_rows<BLOCK_ROWS>(rows, [&](auto count) { product_rows<count(), LINES>(a, inputs, w, steps, scratch, ahead); });
   }
 
-  template <int ROWS, bool STREAM>
-  static void product_rows(const float* a, int inputs, const bf16* w, int steps, float* scratch) {
+  template <int ROWS, int LINES>
+  static void product_rows(const float* a, int inputs, const bf16* w, int steps, float* scratch, const char* ahead) {
     __m512 sums[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int step = 0; step < steps; ++step, a += 32, w += 2 * TILE_ELEMENTS) {
-      if (STREAM) prefetch_ahead(w);
       for (int pair = 0; pair < 16; ++pair) {
+        // A few at a time: a burst would fill the line buffers and stall the loads behind it.
+        for (int line = 0; line < LINES; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
         const Pairs left(w + pair * 32), right(w + TILE_ELEMENTS + pair * 32);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {

@@ -79,9 +79,3 @@ inline void rms_norm_row(const float* x, const float* weight, int size, float ep
 
 constexpr int GROUP = 32;               // outputs per packed group of a weight matrix
 constexpr int TILE_ELEMENTS = 16 * 32;  // bf16 of 16 k-pairs times 16 outputs
-constexpr int PREFETCH_BYTES = 6144;    // how far ahead of their use weights are asked for
-
-inline void prefetch_ahead(const bf16* weights) {
-  const char* ahead = reinterpret_cast<const char*>(weights) + PREFETCH_BYTES;
-  for (int line = 0; line < 32; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
-}

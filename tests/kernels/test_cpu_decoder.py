@@ -1,0 +1,393 @@
+"""The C++ decoder against its reference, and against itself: a token's logits never depend on its company."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from specdec_kernels.cpu_decoder import CpuDecoder, DecoderSpec, bytes_per_block, is_available, supports
+from specdec_kernels.cpu_decoder import build
+from specdec_kernels.cpu_decoder.reference import reference_forward
+from specdec_kernels.tolerances import LOGITS, scaled_error
+from torch import Tensor
+
+AVAILABLE, REASON = is_available()
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"native decoder: {REASON}")
+
+FLAVOURS = (build.native_flavour(), "emulated")
+ACTIVATION_DTYPE = {"avx512": torch.float32, "amx": torch.bfloat16, "emulated": torch.bfloat16}
+MAX_LEN = 700
+
+
+def make_spec(**changes) -> DecoderSpec:
+    """A Llama of two layers; ``changes`` override fields."""
+    shape = dict(vocab_size=200, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+    style = dict(intermediate_size=96, activation="silu", norm_eps=1e-5, norm_offset=0.0, post_norms=False)
+    scales = dict(embedding_scale=1.0, logit_softcap=None, max_model_len=MAX_LEN)
+    fields = shape | style | scales | changes
+    layers, head_dim = fields["num_layers"], fields["head_dim"]
+    fields.setdefault("attention_scale", head_dim**-0.5)
+    fields.setdefault("sliding_window", (None,) * layers)
+    inv_freq = 100.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    fields.setdefault("inv_freq", tuple(inv_freq / (1 + layer) for layer in range(layers)))
+    return DecoderSpec(**fields)
+
+
+# Name: changes to the spec, and which optional weights the model has.
+CASES: dict[str, tuple[dict, set[str]]] = {
+    "llama": ({}, set()),
+    "ratio_1_biases": (dict(num_heads=2, num_kv_heads=2, head_dim=64), {"qkv_bias", "o_bias"}),
+    "ratio_3_odd_vocabulary": (dict(num_heads=3, num_kv_heads=1, head_dim=64, vocab_size=123), set()),
+    "qk_norm_untied": (dict(head_dim=128, vocab_size=65), {"qk_norm", "lm_head"}),
+    "windows": (dict(sliding_window=(37, None), num_heads=6), set()),
+    "gemma": (
+        dict(
+            head_dim=256, num_heads=4, num_kv_heads=1, activation="gelu_tanh", norm_offset=1.0, post_norms=True,
+            embedding_scale=8.0, attention_scale=0.05, sliding_window=(20, None), logit_softcap=3.0, vocab_size=500,
+        ),
+        {"qk_norm"},
+    ),
+}  # fmt: skip
+
+
+def make_weights(spec: DecoderSpec, options: set[str], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int, scale: float | None = None) -> Tensor:
+        return torch.randn(*shape, generator=generator) * (scale or 1.5 * shape[-1] ** -0.5)
+
+    def norm(size: int) -> Tensor:
+        return noise(size, scale=0.2) + 1.0 - spec.norm_offset
+
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    weights = {"embed": noise(spec.vocab_size, hidden, scale=1 / spec.embedding_scale), "final_norm": norm(hidden)}
+    if "lm_head" in options:
+        weights["lm_head"] = noise(spec.vocab_size, hidden)
+    for layer in range(spec.num_layers):
+        own = {"attn_norm": norm(hidden), "mlp_norm": norm(hidden), "q": noise(q_size, hidden)}
+        own |= {"k": noise(kv_size, hidden), "v": noise(kv_size, hidden), "o": noise(hidden, q_size)}
+        own |= {"gate": noise(inner, hidden), "up": noise(inner, hidden), "down": noise(hidden, inner)}
+        if "qkv_bias" in options:
+            own |= {f"{part}_bias": noise(own[part].shape[0], scale=0.5) for part in "qkv"}
+        if "o_bias" in options:
+            own["o_bias"] = noise(hidden, scale=0.5)
+        if "qk_norm" in options:
+            own |= {"q_norm": norm(spec.head_dim), "k_norm": norm(spec.head_dim)}
+        if spec.post_norms:
+            own |= {"post_attn_norm": norm(hidden), "post_mlp_norm": norm(hidden)}
+        weights |= {f"layers.{layer}.{name}": w for name, w in own.items()}
+    return weights
+
+
+class Session:
+    """Sequences side by side in one paged cache with shuffled blocks."""
+
+    def __init__(
+        self, decoder: CpuDecoder, num_rows: int = 1, max_len: int = MAX_LEN, block_size: int = 16, seed: int = 0
+    ) -> None:
+        per_row = -(-max_len // block_size)
+        self.decoder, self.block_size = decoder, block_size
+        self.cache = decoder.new_kv_cache(num_rows * per_row + 3, block_size)
+        order = np.random.default_rng(seed).permutation(self.cache.num_blocks)
+        self.unused = order[num_rows * per_row :]
+        self.block_tables = order[: num_rows * per_row].reshape(num_rows, per_row).astype(np.int32)
+        self.lengths = [0] * num_rows
+
+    def step(self, new: Mapping[int, Sequence[int]], **options) -> list[Tensor]:
+        """Feed tokens to some rows, in the order given; the logits [number of tokens, V] of each."""
+        rows, counts = list(new), [len(tokens) for tokens in new.values()]
+        contexts = np.array([self.lengths[row] for row in rows], dtype=np.int32)
+        positions = np.concatenate([c + np.arange(n) for c, n in zip(contexts, counts, strict=True)])
+        owners = np.repeat(rows, counts)
+        slots = self.block_tables[owners, positions // self.block_size].astype(np.int64) * self.block_size
+        logits = self.decoder.forward(
+            token_ids=np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in new.values()]),
+            positions=positions.astype(np.int64),
+            query_start=np.cumsum([0, *counts]).astype(np.int32),
+            context_lens=contexts,
+            block_tables=self.block_tables[rows],
+            slot_mapping=slots + positions % self.block_size,
+            logit_rows=np.arange(sum(counts)),
+            kv_cache=self.cache,
+            **options,
+        )
+        for row, count in zip(rows, counts, strict=True):
+            self.lengths[row] += count
+        return list(logits.split(counts))
+
+
+def random_tokens(spec: DecoderSpec, length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(spec.vocab_size, size=length).tolist()
+
+
+class Model:
+    def __init__(self, case: str, flavour: str) -> None:
+        changes, options = CASES[case]
+        self.spec, self.flavour = make_spec(**changes), flavour
+        self.weights = make_weights(self.spec, options)
+        self.decoder = CpuDecoder(self.spec, self.weights, flavour)
+        self.dtype = ACTIVATION_DTYPE[flavour]
+
+    def reference(self, tokens: Sequence[int], layers: Sequence[int] | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+        return reference_forward(self.spec, self.weights, torch.tensor(tokens), layers, self.dtype)
+
+    def alone(self, tokens: Sequence[int]) -> Tensor:
+        """Logits of a whole sequence in one step of its own."""
+        return Session(self.decoder).step({0: tokens})[0]
+
+
+@pytest.fixture(scope="module", params=[(c, f) for f in FLAVOURS for c in CASES], ids="-".join)
+def model(request: pytest.FixtureRequest) -> Model:
+    return Model(*request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+    return Model("llama", FLAVOURS[0])
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    try:
+        yield request.param
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_logits_match_the_reference(model: Model) -> None:
+    sequences = {row: random_tokens(model.spec, length, row) for row, length in enumerate((45, 1, 123, 16))}
+    for tokens, actual in zip(
+        sequences.values(), Session(model.decoder, len(sequences)).step(sequences), strict=True
+    ):
+        expected, _ = model.reference(tokens)
+        assert scaled_error(actual, expected) <= LOGITS[model.dtype]
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("windows", dict(sliding_window=(38, None))),
+        ("windows", dict(sliding_window=(36, None))),
+        ("llama", dict(activation="gelu_tanh")),
+        ("llama", dict(attention_scale=0.2)),
+        ("llama", dict(inv_freq=make_spec().inv_freq[::-1])),
+        ("gemma", dict(logit_softcap=None)),
+        ("gemma", dict(embedding_scale=7.0)),
+        ("gemma", dict(norm_offset=0.8)),
+        ("gemma", dict(post_norms=False)),
+    ],
+)
+def test_the_tolerance_notices_a_wrong_model(case: str, change: dict) -> None:
+    model = Model(case, FLAVOURS[0])
+    tokens = random_tokens(model.spec, 123)
+    wrong, _ = reference_forward(replace(model.spec, **change), model.weights, torch.tensor(tokens))
+    assert scaled_error(model.alone(tokens), wrong) > 2 * max(LOGITS.values())
+
+
+@pytest.mark.parametrize("option", ["q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"])
+def test_every_optional_weight_counts(option: str) -> None:
+    """``k_bias`` alone shifts all scores of a query alike before the rotation, hence the small bound."""
+    model = Model("ratio_1_biases" if "bias" in option else "qk_norm_untied", FLAVOURS[0])
+    tokens = random_tokens(model.spec, 60)
+    fill = torch.zeros_like if "bias" in option else torch.ones_like
+    changed = {name: fill(w) if name.endswith(option) else w for name, w in model.weights.items()}
+    wrong, _ = reference_forward(model.spec, changed, torch.tensor(tokens))
+    assert scaled_error(model.alone(tokens), wrong) > 2 * max(LOGITS.values())
+
+
+def random_schedule(rng: np.random.Generator, lengths: Sequence[int]) -> Iterator[dict[int, tuple[int, int]]]:
+    """Steps of {row: (start, end)} until every row is done: some rows wait, chunks vary, rows change places."""
+    done = [0] * len(lengths)
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        rows = [int(row) for row in rng.permutation(len(lengths)) if done[row] < lengths[row]]
+        chosen = [row for row in rows if rng.random() < 0.7] or rows[:1]
+        step = {}
+        for row in chosen:
+            size = int(rng.choice([1, 1, 2, 5, 16, 17, 40, 100]))
+            step[row] = (done[row], min(done[row] + size, lengths[row]))
+            done[row] = step[row][1]
+        yield step
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batching_chunking_and_paging_change_no_bit(model: Model, seed: int, num_threads: int) -> None:
+    if model.flavour == "emulated" and seed > 0:
+        pytest.skip("tiles in plain C++ are slow")
+    rng = np.random.default_rng(seed)
+    lengths = [int(n) for n in rng.integers(1, 150, size=5)]
+    sequences = [random_tokens(model.spec, length, row) for row, length in enumerate(lengths)]
+    session = Session(model.decoder, 5, 150, block_size=int(rng.choice([16, 32, 48])), seed=seed)
+    pieces: list[list[Tensor]] = [[] for _ in lengths]
+    for step in random_schedule(rng, lengths):
+        outputs = session.step({row: sequences[row][start:end] for row, (start, end) in step.items()})
+        for row, logits in zip(step, outputs, strict=True):
+            pieces[row].append(logits)
+    for tokens, parts in zip(sequences, pieces, strict=True):
+        assert torch.equal(torch.cat(parts), model.alone(tokens))
+
+
+def test_decoding_equals_prefill_over_a_long_context(model: Model) -> None:
+    if model.flavour == "emulated":
+        pytest.skip("tiles in plain C++ are slow")
+    tokens = random_tokens(model.spec, MAX_LEN - 5)
+    expected, session = model.alone(tokens), Session(model.decoder)
+    session.step({0: tokens[:640]})
+    decoded = [session.step({0: [token]})[0] for token in tokens[640:]]
+    assert torch.equal(torch.cat(decoded), expected[640:])
+
+
+def test_wide_steps_change_no_bit(llama: Model) -> None:
+    """More rows than a block of rows holds, decoding together: every one as if it were alone."""
+    num_rows = 37
+    sequences = [random_tokens(llama.spec, 20 + row, row) for row in range(num_rows)]
+    session = Session(llama.decoder, num_rows, 64)
+    session.step({row: tokens[:-1] for row, tokens in enumerate(sequences)})
+    outputs = session.step({row: tokens[-1:] for row, tokens in enumerate(sequences)})
+    for tokens, logits in zip(sequences, outputs, strict=True):
+        assert torch.equal(logits[0], llama.alone(tokens)[-1])
+
+
+def test_unwritten_memory_does_not_leak(model: Model) -> None:
+    """NaN in every key and in the values of blocks of others; see the invariant of :class:`CpuKVCache`."""
+    tokens = random_tokens(model.spec, 70)
+    session = Session(model.decoder, 2, 80, block_size=32)
+    for keys, values in zip(session.cache.k, session.cache.v, strict=True):
+        keys.fill_(torch.nan)
+        values[torch.from_numpy(np.concatenate([session.unused, session.block_tables[1]]))] = torch.nan
+    parts = [session.step({0: tokens[start : start + 7]})[0] for start in range(0, 70, 7)]
+    assert torch.equal(torch.cat(parts), model.alone(tokens))
+
+
+def test_rejected_drafts_leave_no_trace(model: Model) -> None:
+    tokens = random_tokens(model.spec, 50)
+    expected, session = model.alone(tokens), Session(model.decoder)
+    session.step({0: tokens[:20]})
+    for start in range(20, 50, 3):
+        wrong = random_tokens(model.spec, 6, seed=start)
+        verified = session.step({0: [tokens[start], *wrong]})[0]
+        assert torch.equal(verified[0], expected[start])
+        session.lengths[0] = start + 1
+        accepted = session.step({0: tokens[start + 1 : start + 3]})[0]
+        assert torch.equal(accepted, expected[start + 1 : start + 3])
+
+
+def test_a_subset_of_layers(model: Model) -> None:
+    tokens = random_tokens(model.spec, 40)
+    session = Session(model.decoder)
+    actual = session.step({0: tokens}, layers=[1])[0]
+    expected, _ = model.reference(tokens, layers=[1])
+    assert scaled_error(actual, expected) <= LOGITS[model.dtype]
+    assert not session.cache.k[0].any() and session.cache.k[1].any()
+
+
+def test_captured_residual_stream(model: Model) -> None:
+    tokens = random_tokens(model.spec, 40)
+    captured = torch.full((2, 40, model.spec.hidden_size), torch.nan)
+    Session(model.decoder).step({0: tokens}, capture=(1, 0), captured=captured)
+    _, residuals = model.reference(tokens)
+    for actual, layer in zip(captured, (1, 0), strict=True):
+        assert scaled_error(actual, residuals[layer]) <= LOGITS[model.dtype]
+
+
+def test_chosen_logit_rows(llama: Model) -> None:
+    """Rows in any order, repeated, none, and a step without tokens."""
+    tokens = np.array(random_tokens(llama.spec, 30))
+    expected, cache = llama.alone(tokens.tolist()), llama.decoder.new_kv_cache(2, 16)
+    table = np.array([[0, 1]], dtype=np.int32)
+
+    def forward(token_ids: np.ndarray, logit_rows: list[int]) -> Tensor:
+        length = len(token_ids)
+        return llama.decoder.forward(
+            token_ids, np.arange(length), np.array([0, length], np.int32), np.zeros(1, np.int32), table,
+            np.arange(length), np.array(logit_rows, np.int64), cache,
+        )  # fmt: skip
+
+    for chosen in ([29], [7, 3, 7], []):
+        assert torch.equal(forward(tokens, chosen), expected[chosen])
+    assert forward(tokens[:0], []).shape == (0, llama.spec.vocab_size)
+
+
+def test_copied_blocks_continue_the_sequence(llama: Model) -> None:
+    """Blocks that swap contents in one call: every source is read before it is overwritten."""
+    tokens = random_tokens(llama.spec, 40)
+    session = Session(llama.decoder, 1, 48)
+    session.step({0: tokens[:32]})
+    first, second = session.block_tables[0, :2].copy()
+    session.cache.copy_blocks(np.array([first, second]), np.array([second, first]))
+    session.block_tables[0, :2] = second, first
+    assert torch.equal(session.step({0: tokens[32:]})[0], llama.alone(tokens)[32:])
+
+
+def test_nan_reaches_its_own_row_only(llama: Model) -> None:
+    weights = {name: w.clone() for name, w in llama.weights.items()}
+    weights["lm_head"] = weights["embed"].clone()
+    weights["embed"][7] = torch.nan
+    decoder = CpuDecoder(llama.spec, weights)
+    healthy = [token for token in random_tokens(llama.spec, 30) if token != 7]
+    poisoned, clean = Session(decoder, 2).step({0: [3, 7, 3], 1: healthy})
+    assert poisoned[1:].isnan().all()
+    assert torch.equal(clean, llama.alone(healthy))
+
+
+def test_nan_in_a_matrix_reaches_the_logits(llama: Model) -> None:
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        weights = {key: w.clone() for key, w in llama.weights.items()}
+        weights[f"layers.0.{name}"][3, 5] = torch.nan
+        logits = Session(CpuDecoder(llama.spec, weights)).step({0: [1, 2, 3]})[0]
+        assert logits[-1].isnan().all(), name
+
+
+def test_one_openmp_runtime() -> None:
+    """Two thread pools on the same cores would starve each other."""
+    script = (
+        "import re, pathlib, torch; from specdec_kernels.cpu_decoder import build; build.library();"
+        "maps = pathlib.Path('/proc/self/maps').read_text();"
+        r"print(len(set(re.findall(r'\S*/lib(?:g|i)?omp\S*', maps))))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "1"
+
+
+def test_unsupported_shapes_say_why() -> None:
+    assert supports(make_spec()) == (True, "")
+    assert supports(make_spec(hidden_size=48))[1] == "hidden_size=48 is not a multiple of 32"
+    assert not supports(make_spec(num_heads=34, num_kv_heads=2))[0]
+    with pytest.raises(ValueError, match="head_dim=16"):
+        CpuDecoder(make_spec(head_dim=16), {})
+
+
+def test_memory_of_a_block(llama: Model) -> None:
+    cache = llama.decoder.new_kv_cache(3, 32)
+    assert sum(t[0].nbytes for t in (*cache.k, *cache.v)) == bytes_per_block(llama.spec, 32)
+    with pytest.raises(ValueError, match="block_size=8"):
+        llama.decoder.new_kv_cache(3, 8)
+
+
+@pytest.mark.parametrize("token", [-1, 200])
+def test_a_token_outside_the_vocabulary_is_caught(llama: Model, token: int) -> None:
+    with pytest.raises(AssertionError, match="vocabulary"):
+        Session(llama.decoder).step({0: [token]})
+
+
+def test_a_context_beyond_its_block_table_is_caught(llama: Model) -> None:
+    session = Session(llama.decoder, 1, 32)
+    session.block_tables = session.block_tables[:, :1]
+    session.lengths[0] = 15
+    session.step({0: [1]})
+    session.block_tables = np.repeat(session.block_tables, 2, axis=1)
+    with pytest.raises(AssertionError, match="block table is too short"):
+        session.step({0: list(range(17))})
+
+
+def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(subprocess.CalledProcessError):
+        build._build(build.native_flavour())
