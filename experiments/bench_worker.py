@@ -89,14 +89,16 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self.torch = torch
         dtype = getattr(torch, options["dtype"])
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(options["directory"], dtype=dtype).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            options["directory"], dtype=dtype
+        ).eval()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         torch = self.torch
         assert len({len(prompt) for prompt in prompts}) == 1, "prompts of one length need no padding"
         ids = torch.tensor(prompts)
         with torch.inference_mode():
-            out = self.model.generate(
+            out = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
@@ -115,7 +117,7 @@ class Vllm:
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(options["threads"]))
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         self.llm = LLM(
             options["directory"],
@@ -125,7 +127,7 @@ class Vllm:
         )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -136,7 +138,7 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python, on the model's GGUF file; one request after another."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from llama_cpp import Llama
+        from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
         self.llama = Llama(
             options["gguf"], n_ctx=options["max_model_len"], n_threads=options["threads"], verbose=False
@@ -181,7 +183,12 @@ def answer(peer: Peer, case: dict[str, Any]) -> dict[str, Any]:
     outputs = peer.generate(case["prompts"], case["new_tokens"])
     seconds = time.perf_counter() - begin
     assert all(len(tokens) == case["new_tokens"] for tokens in outputs)
-    return {"seconds": seconds, "tokens": sum(map(len, outputs)), "peak_rss_mb": peak_rss_mb(), "outputs": outputs}
+    return {
+        "seconds": seconds,
+        "tokens": sum(map(len, outputs)),
+        "peak_rss_mb": peak_rss_mb(),
+        "outputs": outputs,
+    }
 
 
 def peak_rss_mb() -> float:

@@ -10,13 +10,13 @@ from typing import Any
 
 import polars as pl
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from specdec.perfetto import write_perfetto
 
 from specdec import LLM, RequestOutput, SamplingParams, report
 from specdec.config import Config
-from specdec.perfetto import write_perfetto
 from specdec.trace import TraceWriter, read_requests, read_steps
 from specdec.tracking import Run
-from specdec.workload import PromptItem, builtin_prompts, load_prompts, select
+from specdec.workload import PromptItem, prompt_items
 
 
 def build_llm(config: Config) -> LLM:
@@ -37,7 +37,9 @@ def build_llm(config: Config) -> LLM:
     return configure(llm, config)
 
 
-def configure(llm: LLM, config: Config, drafter: Any = None, num_drafts: int | None = None, **options: Any) -> LLM:
+def configure(
+    llm: LLM, config: Config, drafter: Any = None, num_drafts: int | None = None, **options: Any
+) -> LLM:
     """Set drafter and scheduler as configured; ``drafter`` and ``options`` go first."""
     engine, speculation, policy = config.engine, asdict(config.speculation), asdict(config.policy)
     k = speculation.pop("num_drafts", 0)
@@ -69,8 +71,7 @@ def sampling_params(config: Config) -> SamplingParams:
 
 def prompts(config: Config) -> list[PromptItem]:
     workload = config.workload
-    items = builtin_prompts() if workload.prompts == "builtin" else load_prompts(workload.prompts)
-    return select(items, workload.tasks, workload.num_prompts)
+    return prompt_items(workload.prompts, tasks=workload.tasks, num_prompts=workload.num_prompts)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def generate(
 ) -> Served:
     """Serve ``items`` with a trace in ``trace/`` and a progress bar; ``options`` go to ``LLM.generate``."""
     folder = run.trace_directory
-    prompts = [list(item.messages) for item in items]
+    prompts = [item.prompt for item in items]
     with progress(run) as bar, TraceWriter(folder, name) as trace:
         task = bar.add_task(name, total=len(items))
         start_s = time.perf_counter()

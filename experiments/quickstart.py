@@ -1,7 +1,7 @@
 """Does speculation pay here? Plain decoding against a few drafters, one request at a time, outputs equal.
 
-    python -m specdec.run +experiment=quickstart
-    python -m specdec.run +experiment=quickstart speculation.num_drafts=8 experiment.drafters=[ngram]
+python -m specdec.run +experiment=quickstart
+python -m specdec.run +experiment=quickstart speculation.num_drafts=8 experiment.drafters=[ngram]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
 def run(config: Config, run: Run) -> dict[str, Any]:
     items, params = common.prompts(config), common.sampling_params(config)
     llm = common.build_llm(config)
-    llm.generate([list(items[0].messages)], WARM_UP)
+    llm.generate([items[0].prompt], WARM_UP)
     modes: dict[str, Any] = {"plain": None}
     modes |= {name: common.drafter_options(config, name) for name in config.experiment.drafters}
     rounds: dict[str, list[common.Served]] = {name: [] for name in modes}
@@ -37,13 +37,17 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     equal = {name: _equal(rounds["plain"], served) for name, served in rounds.items()}
     if params.is_greedy:
         lossless = llm.runner.backend == "native" or config.model.dtype == "float32"
-        assert not lossless or all(count == len(items) for count in equal.values()), f"outputs differ: {equal}"
+        assert not lossless or all(count == len(items) for count in equal.values()), (
+            f"outputs differ: {equal}"
+        )
     rows = [_row(name, rounds, equal, len(items)) for name in modes]
     speedups = _speedups_by_task(rounds)
     _show(run, rows, config)
     run.log_table("summary", rows)
     run.log_figure("speedup_by_task", report.speedup_by_task(speedups))
-    positions = {name: acceptance_by_position(decode_rows(served[0].steps)) for name, served in rounds.items()}
+    positions = {
+        name: acceptance_by_position(decode_rows(served[0].steps)) for name, served in rounds.items()
+    }
     drafted = {name: table for name, table in positions.items() if table.height}
     if drafted:
         run.log_figure("acceptance_by_position", report.acceptance_by_position(drafted))
@@ -60,7 +64,9 @@ def _equal(plain: list[common.Served], served: list[common.Served]) -> int:
     return sum(all(tokens[i] == reference for tokens in found) for i, reference in enumerate(expected))
 
 
-def _row(name: str, rounds: dict[str, list[common.Served]], equal: dict[str, int], num_prompts: int) -> dict[str, Any]:
+def _row(
+    name: str, rounds: dict[str, list[common.Served]], equal: dict[str, int], num_prompts: int
+) -> dict[str, Any]:
     first = rounds[name][0]
     rows = decode_rows(first.steps)
     seconds = statistics.median(one.seconds for one in rounds[name])
@@ -96,7 +102,9 @@ def _speedups_by_task(rounds: dict[str, list[common.Served]]) -> pl.DataFrame:
 def _seconds_per_token(served: list[common.Served]) -> dict[str, float]:
     requests = pl.concat([one.requests for one in served])
     table = requests.group_by("task", maintain_order=True).agg(
-        ((pl.col("finish_s") - pl.col("first_scheduled_s")).sum() / pl.col("num_generated").sum()).alias("value")
+        ((pl.col("finish_s") - pl.col("first_scheduled_s")).sum() / pl.col("num_generated").sum()).alias(
+            "value"
+        )
     )
     return dict(table.iter_rows())
 

@@ -1,7 +1,7 @@
 """How does it feel under load? Requests arrive in real time; latencies, throughput and goodput under an SLO.
 
-    python -m specdec.run +experiment=serve policy=static experiment.rate_per_s=2
-    python -m specdec.run --multirun +experiment=serve drafter=none,ngram policy=continuous,chunked
+python -m specdec.run +experiment=serve policy=static experiment.rate_per_s=2
+python -m specdec.run --multirun +experiment=serve drafter=none,ngram policy=continuous,chunked
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from specdec.metrics import (
 )
 from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
-from specdec.workload import arrival_times
+from specdec.workload import arrivals
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -34,11 +34,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     rng = np.random.default_rng(config.seed)
     pool = common.prompts(config)
     items = [pool[index] for index in rng.integers(0, len(pool), options.num_requests)]
-    times_s = arrival_times(
-        options.arrivals, rate_per_s=options.rate_per_s, count=len(items), rng=rng, cv=options.cv
-    )
+    cv = {"cv": options.cv} if options.arrivals == "gamma" else {}
+    times_s = arrivals(options.arrivals, len(items), rng, rate_per_s=options.rate_per_s, **cv)
     llm = common.build_llm(config)
-    llm.generate([list(items[0].messages)], SamplingParams(max_tokens=4, ignore_eos=True))
+    llm.generate([items[0].prompt], SamplingParams(max_tokens=4, ignore_eos=True))
     common.configure(llm, config, common.drafter_options(config))
     params = common.sampling_params(config)
     served = common.generate(llm, items, params, run, "serve", arrivals_s=times_s.tolist())
@@ -66,11 +65,15 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
 def _show(run: Run, summary: dict[str, Any], config: Config) -> None:
     drafter = config.drafter.name
-    table = Table(title=f"policy {config.policy.name}, drafter {drafter}, {config.experiment.rate_per_s} requests/s")
+    table = Table(
+        title=f"policy {config.policy.name}, drafter {drafter}, {config.experiment.rate_per_s} requests/s"
+    )
     for column in ("seconds", "mean", "p50", "p90", "p95", "p99"):
         table.add_column(column, justify="left" if column == "seconds" else "right")
     for name, row in summary["latency"].items():
-        table.add_row(name.removesuffix("_s"), *(f"{row[key]:.3f}" for key in ("mean", "p50", "p90", "p95", "p99")))
+        table.add_row(
+            name.removesuffix("_s"), *(f"{row[key]:.3f}" for key in ("mean", "p50", "p90", "p95", "p99"))
+        )
     run.console.print(table)
     good, rate = summary["goodput"], summary["throughput"]
     run.console.print(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dat
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from specdec.names import unknown_name
 
@@ -378,6 +378,10 @@ def _check_keys(node: DictConfig, prefix: str) -> None:
         child = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(child, DictConfig):
             _check_keys(child, f"{prefix}{key}.")
+        elif isinstance(child, ListConfig) and any(
+            isinstance(item, DictConfig | ListConfig) for item in child
+        ):
+            raise ValueError(f"{prefix}{key}={child} must be a flat list")
 
 
 def _check_variant(group: str, node: DictConfig, variants: dict[str, type]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -88,9 +88,9 @@ class LLM:
             most = options.get("max_num_seqs", 64) * -(-self.max_model_len // block_size)
             block_bytes = kv_bytes_per_block(backend, config, DTYPES[dtype], block_size)
             num_blocks = min(most, kv_memory_bytes // block_bytes)
-        self.num_blocks = num_blocks
+        self.num_blocks = int(num_blocks)
         self.tokenizer = loaded.tokenizer
-        self.runner = make_runner(loaded, backend, DTYPES[dtype], num_blocks, block_size, place)
+        self.runner = make_runner(loaded, backend, DTYPES[dtype], self.num_blocks, block_size, place)
         self._references: dict[tuple[bytes, SamplingParams], IntArray] = {}
         self.configure(drafter, **options)
 
@@ -208,18 +208,20 @@ class LLM:
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[IntArray]:
         """Token ids of each prompt, int32 [n]."""
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer | Mapping)):
-            prompts = [prompts]  # type: ignore[list-item]
-        return [np.array(self._encode(index, prompt), np.int32) for index, prompt in enumerate(prompts)]
+        single = isinstance(prompts, str) or (
+            len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping)
+        )
+        every = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        return [np.array(self._encode(index, prompt), np.int32) for index, prompt in enumerate(every)]
 
     def _encode(self, index: int, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
-            ids: Sequence[int] = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt)
         elif len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.apply_chat_template(prompt)
+            ids = self.tokenizer.apply_chat_template(cast("Sequence[Mapping[str, str]]", prompt))
         else:
-            ids = prompt  # type: ignore[assignment]
-        if not len(ids):
+            ids = list(cast("Sequence[int]", prompt))
+        if not ids:
             raise ValueError(f"prompt {index} is empty: give at least one token")
         return ids
 

@@ -121,18 +121,21 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class Reported(Exception):
+    """An error that the user was told of; the other runs of the sweep go on."""
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def hydra_main(raw: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    group = None
-    if hydra_config.mode == RunMode.MULTIRUN:
-        group = Path(hydra_config.sweep.dir).name
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    group = Path(hydra_config.sweep.dir).name if sweeping else None
     try:
         execute(validate(raw), Path(hydra_config.runtime.output_dir), group)
     except (ValueError, OSError) as error:
         log.debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise Reported if sweeping else SystemExit(1) from None
     except Exception:
         log.debug("failed", exc_info=True)
         raise
@@ -161,6 +164,8 @@ def _run_hydra() -> None:
             hydra_main()
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Reported:
         raise SystemExit(1) from None
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from specdec_kernels import cpu_decoder
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class EagerRunner:
 
     @torch.inference_mode()
     def forward(self, batch: StepInput, layers: Sequence[int] | None = None) -> Tensor:
-        def put(array: IntArray) -> Tensor:
+        def put(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
         hidden = self.decoder.forward(

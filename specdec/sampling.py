@@ -163,7 +163,7 @@ def _apply_filters(
     top_p: RowValues | None,
     min_p: RowValues | None,
 ) -> None:
-    """Set filtered entries of ``scaled`` [N, V] (each row's maximum is 0) to -inf; only top-k and top-p rows are ranked."""
+    """Set filtered entries of ``scaled`` [N, V] (each row's maximum is 0) to -inf; ranks no more rows than it must."""
     vocab_size = scaled.shape[-1]
     keep_k = _column(0 if top_k is None else top_k, scaled, torch.int64)
     keep_k = torch.where((keep_k == 0) | (keep_k > vocab_size), vocab_size, keep_k)

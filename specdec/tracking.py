@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -42,11 +41,10 @@ def environment(**values: str) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` so that ``path`` is never half written. NaN and infinity become null."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(_finite(content), file, indent=2)
-        file.write("\n")
-    Path(name).replace(path)
+    text = json.dumps(_finite(content), indent=2)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text + "\n")
+    part.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -174,7 +174,7 @@ def arrivals(
         raise ValueError(f"cv={cv} must be a finite number > 0, and only the process 'gamma' takes one")
     mean_gap_s = 1.0 / rate_per_s
     if process == "uniform":
-        return np.arange(1, num + 1) * mean_gap_s
+        return np.arange(1, num + 1, dtype=np.float64) * mean_gap_s
     shape = 1.0 / cv**2
     gaps_s = (
         rng.exponential(mean_gap_s, num)
@@ -253,9 +253,9 @@ def _check_prompt(prompt: Any, chat: bool) -> str | Messages:
 
 
 def _reference(record: dict[str, Any]) -> str | None:
-    """Spec-Bench gives a list with one entry per turn, or a text."""
+    """Spec-Bench gives one entry per turn, and for some tasks several good answers in an entry: the first."""
     reference = record.get("reference")
-    if isinstance(reference, list):
+    while isinstance(reference, list):
         reference = reference[0] if reference else None
     return None if reference is None else str(reference)
 

@@ -113,7 +113,6 @@ def test_unknown_names_are_refused_with_the_nearest(override: str, key: str, nea
         ("workload.tasks=[[a]]", "workload.tasks"),
         ("sampling.temperature=hot", "sampling.temperature"),
         ("seed=abc", "seed"),
-        ("policy=null", "policy"),
     ],
 )
 def test_wrong_types_are_refused_by_key(override: str, key: str):

@@ -1,4 +1,4 @@
-"""The folder ``kernels/`` must not pass for the Hugging Face package of that name, which transformers looks for."""
+"""``kernels/`` must not pass for the Hugging Face package of that name, which transformers looks for."""
 
 from __future__ import annotations
 

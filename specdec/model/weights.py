@@ -206,7 +206,7 @@ def _read_converted(
         with scratch_dir(folder) as scratch:
             shapes = {tensor.name: tensor.shape for tensor in index}
             write_safetensors(scratch / file.name, shapes, dtype, _dequantized(source, index, dtype))
-            os.replace(scratch / file.name, file)
+            (scratch / file.name).replace(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             return {tensor.name: tensors.get_tensor(tensor.name) for tensor in index}

@@ -41,7 +41,7 @@ class Chains:
         assert draft_tokens.shape == (num_rows, width), (draft_tokens.shape, target_probs.shape)
         assert draft_probs is None or draft_probs.shape == (num_rows, width, vocab_size), draft_probs.shape
         assert num_drafts.shape == (num_rows,), num_drafts.shape
-        if num_rows and not (0 <= num_drafts.min() and num_drafts.max() <= width):
+        if num_rows and not (num_drafts.min() >= 0 and num_drafts.max() <= width):
             raise ValueError(f"num_drafts={num_drafts.tolist()} must lie in [0, {width}]")
         drafted = np.arange(width) < num_drafts[:, None]
         tokens = np.where(drafted, draft_tokens, 0).astype(np.int64)

@@ -10,7 +10,7 @@ from specdec.drafter.ngram import latest_match
 
 
 def one_match(tokens: list[int], min_ngram: int = 1, max_ngram: int = 3) -> int:
-    history = np.array([tokens + [0, 0]], np.int32)
+    history = np.array([[*tokens, 0, 0]], np.int32)
     return int(latest_match(history, np.array([len(tokens)], np.int32), min_ngram, max_ngram)[0])
 
 

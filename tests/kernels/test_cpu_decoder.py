@@ -10,8 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from specdec_kernels.cpu_decoder import CpuDecoder, DecoderSpec, bytes_per_block, is_available, supports
-from specdec_kernels.cpu_decoder import build
+from specdec_kernels.cpu_decoder import (
+    CpuDecoder,
+    DecoderSpec,
+    build,
+    bytes_per_block,
+    is_available,
+    supports,
+)
 from specdec_kernels.cpu_decoder.reference import reference_forward
 from specdec_kernels.tolerances import LOGITS, scaled_error
 from torch import Tensor
@@ -66,7 +72,10 @@ def make_weights(spec: DecoderSpec, options: set[str], seed: int = 0) -> dict[st
 
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    weights = {"embed": noise(spec.vocab_size, hidden, scale=1 / spec.embedding_scale), "final_norm": norm(hidden)}
+    weights = {
+        "embed": noise(spec.vocab_size, hidden, scale=1 / spec.embedding_scale),
+        "final_norm": norm(hidden),
+    }
     if "lm_head" in options:
         weights["lm_head"] = noise(spec.vocab_size, hidden)
     for layer in range(spec.num_layers):
@@ -89,7 +98,12 @@ class Session:
     """Sequences side by side in one paged cache with shuffled blocks."""
 
     def __init__(
-        self, decoder: CpuDecoder, num_rows: int = 1, max_len: int = MAX_LEN, block_size: int = 16, seed: int = 0
+        self,
+        decoder: CpuDecoder,
+        num_rows: int = 1,
+        max_len: int = MAX_LEN,
+        block_size: int = 16,
+        seed: int = 0,
     ) -> None:
         per_row = -(-max_len // block_size)
         self.decoder, self.block_size = decoder, block_size
@@ -134,7 +148,9 @@ class Model:
         self.decoder = CpuDecoder(self.spec, self.weights, flavour)
         self.dtype = ACTIVATION_DTYPE[flavour]
 
-    def reference(self, tokens: Sequence[int], layers: Sequence[int] | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+    def reference(
+        self, tokens: Sequence[int], layers: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         return reference_forward(self.spec, self.weights, torch.tensor(tokens), layers, self.dtype)
 
     def alone(self, tokens: Sequence[int]) -> Tensor:
@@ -219,8 +235,6 @@ def random_schedule(rng: np.random.Generator, lengths: Sequence[int]) -> Iterato
 
 @pytest.mark.parametrize("seed", range(4))
 def test_batching_chunking_and_paging_change_no_bit(model: Model, seed: int, num_threads: int) -> None:
-    if model.flavour == "emulated" and seed > 0:
-        pytest.skip("tiles in plain C++ are slow")
     rng = np.random.default_rng(seed)
     lengths = [int(n) for n in rng.integers(1, 150, size=5)]
     sequences = [random_tokens(model.spec, length, row) for row, length in enumerate(lengths)]
@@ -235,8 +249,6 @@ def test_batching_chunking_and_paging_change_no_bit(model: Model, seed: int, num
 
 
 def test_decoding_equals_prefill_over_a_long_context(model: Model) -> None:
-    if model.flavour == "emulated":
-        pytest.skip("tiles in plain C++ are slow")
     tokens = random_tokens(model.spec, MAX_LEN - 5)
     expected, session = model.alone(tokens), Session(model.decoder)
     session.step({0: tokens[:640]})
@@ -297,22 +309,31 @@ def test_captured_residual_stream(model: Model) -> None:
         assert scaled_error(actual, residuals[layer]) <= LOGITS[model.dtype]
 
 
-def test_chosen_logit_rows(llama: Model) -> None:
-    """Rows in any order, repeated, none, and a step without tokens."""
-    tokens = np.array(random_tokens(llama.spec, 30))
-    expected, cache = llama.alone(tokens.tolist()), llama.decoder.new_kv_cache(2, 16)
-    table = np.array([[0, 1]], dtype=np.int32)
+def prefill(
+    decoder: CpuDecoder, token_ids: Sequence[int], logit_rows: Sequence[int], num_blocks: int
+) -> Tensor:
+    """One sequence in blocks 0, 1, ... of a cache of its own."""
+    length, table = len(token_ids), np.arange(num_blocks, dtype=np.int32)[None]
+    return decoder.forward(
+        token_ids=np.array(token_ids, dtype=np.int64),
+        positions=np.arange(length),
+        query_start=np.array([0, length], dtype=np.int32),
+        context_lens=np.zeros(1, dtype=np.int32),
+        block_tables=table,
+        slot_mapping=np.arange(length),
+        logit_rows=np.array(logit_rows, dtype=np.int64),
+        kv_cache=decoder.new_kv_cache(4, 16),
+    )
 
-    def forward(token_ids: np.ndarray, logit_rows: list[int]) -> Tensor:
-        length = len(token_ids)
-        return llama.decoder.forward(
-            token_ids, np.arange(length), np.array([0, length], np.int32), np.zeros(1, np.int32), table,
-            np.arange(length), np.array(logit_rows, np.int64), cache,
-        )  # fmt: skip
 
-    for chosen in ([29], [7, 3, 7], []):
-        assert torch.equal(forward(tokens, chosen), expected[chosen])
-    assert forward(tokens[:0], []).shape == (0, llama.spec.vocab_size)
+@pytest.mark.parametrize("chosen", [[29], [7, 3, 7], []])
+def test_chosen_logit_rows(llama: Model, chosen: list[int]) -> None:
+    tokens = random_tokens(llama.spec, 30)
+    assert torch.equal(prefill(llama.decoder, tokens, chosen, num_blocks=2), llama.alone(tokens)[chosen])
+
+
+def test_a_step_without_tokens(llama: Model) -> None:
+    assert prefill(llama.decoder, [], [], num_blocks=2).shape == (0, llama.spec.vocab_size)
 
 
 def test_copied_blocks_continue_the_sequence(llama: Model) -> None:
@@ -378,13 +399,8 @@ def test_a_token_outside_the_vocabulary_is_caught(llama: Model, token: int) -> N
 
 
 def test_a_context_beyond_its_block_table_is_caught(llama: Model) -> None:
-    session = Session(llama.decoder, 1, 32)
-    session.block_tables = session.block_tables[:, :1]
-    session.lengths[0] = 15
-    session.step({0: [1]})
-    session.block_tables = np.repeat(session.block_tables, 2, axis=1)
     with pytest.raises(AssertionError, match="block table is too short"):
-        session.step({0: list(range(17))})
+        prefill(llama.decoder, range(33), [0], num_blocks=2)
 
 
 def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,17 @@ import torch  # noqa: F401  (loads the OpenMP runtime that the library uses)
 log = logging.getLogger(__name__)
 AVX512_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
 AMX_FLAGS = ("amx_tile", "amx_bf16")
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-w", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl"]
+COMPILE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-w",
+    "-mfma",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+]
 COMPILE_FLAGS += ["-mavx512dq", "-mavx512bf16"]
 # How matrices are multiplied. "emulated" runs the AMX code on tiles in plain C++, to test it where there is no AMX.
 FLAVOURS = {
@@ -37,7 +47,10 @@ SOURCES += ("tile_emulation.hpp",)
 
 
 def cache_dir() -> Path:
-    """``SPECDEC_CACHE``, else ``XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``; in it, ``native``."""
+    """``SPECDEC_NATIVE_CACHE``, else ``native`` in the folder where models are cached."""
+    own = os.environ.get("SPECDEC_NATIVE_CACHE")
+    if own:
+        return Path(own)
     base = os.environ.get("SPECDEC_CACHE")
     if base:
         return Path(base) / "native"
@@ -63,7 +76,7 @@ def compiler() -> str | None:
 
 
 def native_flavour() -> str:
-    """"amx" where the CPU has it, else "avx512"."""
+    """ "amx" where the CPU has it, else "avx512"."""
     return "amx" if all(flag in cpu_flags() for flag in AMX_FLAGS) else "avx512"
 
 

@@ -86,7 +86,10 @@ class _Model(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in "vocab hidden heads kv_heads head_dim intermediate activation unused".split()
         ]
-        + [(name, ctypes.c_float) for name in "norm_eps embedding_scale attention_scale logit_softcap".split()]
+        + [
+            (name, ctypes.c_float)
+            for name in "norm_eps embedding_scale attention_scale logit_softcap".split()
+        ]
     )
 
 
@@ -172,12 +175,16 @@ class CpuDecoder:
         self.spec = spec
         self._lib = library(flavour)
         self._kept: list[Tensor] = []
-        matrices = sum(w.numel() + 32 * w.shape[1] for n, w in weights.items() if w.ndim == 2 and n != "embed")
+        matrices = sum(
+            w.numel() + 32 * w.shape[1] for n, w in weights.items() if w.ndim == 2 and n != "embed"
+        )
         head = weights.get("lm_head", weights["embed"])
         tied = 0 if "lm_head" in weights else head.numel() + 32 * head.shape[1]
         self._packer = _Packer(2 * (matrices + tied))
         self._tables: dict[bytes, tuple[int, int]] = {}
-        self._layers = (_LayerWeights * spec.num_layers)(*(self._layer(i, weights) for i in range(spec.num_layers)))
+        self._layers = (_LayerWeights * spec.num_layers)(
+            *(self._layer(i, weights) for i in range(spec.num_layers))
+        )
         self._model = _Model(
             layers=self._layers,
             head=self._packer.add(head),
@@ -211,7 +218,9 @@ class CpuDecoder:
 
     def _layer(self, index: int, weights: Mapping[str, Tensor]) -> _LayerWeights:
         own = {
-            name.rpartition(".")[2]: value for name, value in weights.items() if name.startswith(f"layers.{index}.")
+            name.rpartition(".")[2]: value
+            for name, value in weights.items()
+            if name.startswith(f"layers.{index}.")
         }
         norms = {name: self._norm(own[name]) for name in own if name.endswith("_norm")}
         biases = {}
@@ -303,15 +312,25 @@ class CpuDecoder:
         self._lib.specdec_forward(ctypes.byref(self._model), ctypes.byref(step), self._workspace)
         return logits
 
-    def _check(self, longs: list[NDArray[np.int64]], ints: list[NDArray[np.int32]], kv_cache: CpuKVCache) -> None:
+    def _check(
+        self, longs: list[NDArray[np.int64]], ints: list[NDArray[np.int32]], kv_cache: CpuKVCache
+    ) -> None:
         """Addresses that C++ would follow blindly."""
         token_ids, positions, slots, logit_rows = longs
         query_start, context_lens, block_tables = ints
-        assert token_ids.min() >= 0 and token_ids.max() < self.spec.vocab_size, "token id outside the vocabulary"
-        assert positions.min() >= 0 and positions.max() < self.spec.max_model_len, "position beyond max_model_len"
-        assert slots.min() >= 0 and slots.max() < kv_cache.num_blocks * kv_cache.block_size, "slot outside the cache"
+        assert token_ids.min() >= 0 and token_ids.max() < self.spec.vocab_size, (
+            "token id outside the vocabulary"
+        )
+        assert positions.min() >= 0 and positions.max() < self.spec.max_model_len, (
+            "position beyond max_model_len"
+        )
+        assert slots.min() >= 0 and slots.max() < kv_cache.num_blocks * kv_cache.block_size, (
+            "slot outside the cache"
+        )
         assert block_tables.min() >= 0 and block_tables.max() < kv_cache.num_blocks, "block outside the cache"
         assert query_start[0] == 0 and query_start[-1] == token_ids.size == positions.size == slots.size
         longest = int((context_lens + np.diff(query_start)).max())
-        assert longest <= block_tables.shape[1] * kv_cache.block_size, "the block table is too short for the context"
+        assert longest <= block_tables.shape[1] * kv_cache.block_size, (
+            "the block table is too short for the context"
+        )
         assert logit_rows.size == 0 or (logit_rows.min() >= 0 and logit_rows.max() < token_ids.size)

@@ -68,9 +68,13 @@ def _post_norm(spec: DecoderSpec, own: Mapping[str, Tensor], name: str, x: Tenso
     return _norm(spec, x, own[name]) if spec.post_norms else x
 
 
-def _attention(spec: DecoderSpec, own: Mapping[str, Tensor], index: int, x: Tensor, narrow: Rounding) -> Tensor:
+def _attention(
+    spec: DecoderSpec, own: Mapping[str, Tensor], index: int, x: Tensor, narrow: Rounding
+) -> Tensor:
     x, length = narrow(_norm(spec, x, own["attn_norm"])), x.shape[0]
-    q, k, v = (F.linear(x, own[part], own.get(f"{part}_bias")).view(length, -1, spec.head_dim) for part in "qkv")
+    q, k, v = (
+        F.linear(x, own[part], own.get(f"{part}_bias")).view(length, -1, spec.head_dim) for part in "qkv"
+    )
     if "q_norm" in own:
         q, k = _norm(spec, q, own["q_norm"]), _norm(spec, k, own["k_norm"])
     positions = torch.arange(length)
