@@ -15,7 +15,7 @@ dev: $(DEV_STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "specdec needs Python >= 3.11; point PYTHON at one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) cannot make $(VENV): install your system's venv package (e.g. apt install python3-venv)"; exit 1; }
 	@echo "installing into $(VENV): a few minutes the first time"
 	@$(PIP) install -qq --editable '.[test]'

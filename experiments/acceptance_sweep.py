@@ -15,16 +15,28 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.table import Table
 
 from experiments import common
 from sim.closed_form import expected_tokens, speedup
-from specdec import report
+from specdec import plots
 from specdec.config import Config
 from specdec.llm import LLM
 from specdec.metrics import acceptance_rate, decode_rows, tokens_per_step
+from specdec.report import summary_table
 from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
+
+PHASES = ("draft_s", "verify_s", "sample_s", "overhead_s")
+COLUMNS = {
+    "alpha": "α",
+    "k": "k",
+    "measured_alpha": "measured α",
+    "tau": "τ",
+    "predicted_tau": "formula τ",
+    "verify_ratio": "verify / plain",
+    "speedup": "speed-up",
+    "predicted_speedup": "formula",
+}
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -45,12 +57,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             results.write(json.dumps(rows[-1]) + "\n")
             results.flush()
             before = after
-    table = pl.DataFrame(rows)
-    _show(run, rows)
+    run.console.print(summary_table(rows, COLUMNS, title="synthetic drafts: measured against the formula"))
     run.log_table("cells", rows)
-    run.log_figure("speedup_by_alpha", report.speedup_by_alpha(table))
-    run.log_figure("predicted_against_measured", report.predicted_against_measured(table))
-    errors = np.abs(table["predicted_speedup"].to_numpy() / table["speedup"].to_numpy() - 1.0)
+    table = pl.DataFrame(rows)
+    formula = table.select("k", "alpha", speedup="predicted_speedup")
+    run.log_figure("speedup_by_acceptance", plots.speedup_by_acceptance(table, formula))
+    measured, predicted = table["speedup"].to_numpy(), table["predicted_speedup"].to_numpy()
+    groups = [f"k = {k}" for k in table["k"]]
+    figure = plots.predicted_against_measured(measured, predicted, label="speed-up", groups=groups)
+    run.log_figure("predicted_against_measured", figure)
+    errors = np.abs(predicted / measured - 1.0)
     return {"median_abs_error": float(np.median(errors)), "max_abs_error": float(errors.max()), "cells": rows}
 
 
@@ -59,7 +75,7 @@ def _plain(
 ) -> dict[str, float]:
     common.configure(llm, config, None, max_num_seqs=config.experiment.batch)
     served = common.generate(llm, items, params, run, f"plain-{index}")
-    return {"token_s": _seconds_per_token(served), "step_s": _step_s(served)}
+    return {"token_s": _seconds_per_token(served), **_phases(served)}
 
 
 def _cell(
@@ -81,23 +97,32 @@ def _cell(
     rows = decode_rows(served[0].steps)
     return {
         "token_s": statistics.median(map(_seconds_per_token, served)),
-        "step_s": statistics.median(map(_step_s, served)),
+        **{phase: statistics.median(_phases(one)[phase] for one in served) for phase in PHASES},
         "tau": tokens_per_step(rows),
         "alpha": acceptance_rate(rows),
     }
 
 
 def _row(alpha: float, k: int, cell: dict[str, float], plain: dict[str, float]) -> dict[str, Any]:
+    """One cell. The formula's times are the cell's own phases; only its acceptance is theory."""
     predicted_tau = float(expected_tokens(alpha, k))
+    predicted = speedup(
+        predicted_tau,
+        t_ar_s=sum(plain[phase] for phase in PHASES),
+        t_draft_s=cell["draft_s"] / k,
+        t_verify_s=cell["verify_s"],
+        t_overhead_s=cell["sample_s"] + cell["overhead_s"],
+        k=k,
+    )
     return {
         "alpha": alpha,
-        "num_drafts": k,
+        "k": k,
         "measured_alpha": cell["alpha"],
         "tau": cell["tau"],
         "predicted_tau": predicted_tau,
-        "step_ratio": cell["step_s"] / plain["step_s"],
+        "verify_ratio": cell["verify_s"] / plain["verify_s"],
         "speedup": plain["token_s"] / cell["token_s"],
-        "predicted_speedup": float(speedup(predicted_tau, plain["step_s"], cell["step_s"])),
+        "predicted_speedup": float(predicted),
     }
 
 
@@ -108,25 +133,7 @@ def _seconds_per_token(served: common.Served) -> float:
     return decode_s / float((requests["num_generated"] - 1).sum())
 
 
-def _step_s(served: common.Served) -> float:
-    """Mean seconds of a step without prefill."""
+def _phases(served: common.Served) -> dict[str, float]:
+    """Mean seconds of each phase in steps without prefill."""
     decoding = served.steps.filter(pl.col("num_prefill_rows") == 0)
-    return float((decoding["end_s"] - decoding["start_s"]).mean())  # type: ignore[arg-type]
-
-
-def _show(run: Run, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="synthetic drafts: measured against the formula")
-    for column in ("α", "k", "measured α", "τ", "formula τ", "step / plain step", "speed-up", "formula"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['alpha']:.2f}",
-            str(row["num_drafts"]),
-            f"{row['measured_alpha']:.2f}",
-            f"{row['tau']:.2f}",
-            f"{row['predicted_tau']:.2f}",
-            f"{row['step_ratio']:.2f}",
-            f"{row['speedup']:.2f}×",
-            f"{row['predicted_speedup']:.2f}×",
-        )
-    run.console.print(table)
+    return {phase: float(decoding[phase].to_numpy().mean()) for phase in PHASES}

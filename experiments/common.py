@@ -10,10 +10,10 @@ from typing import Any
 
 import polars as pl
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from specdec.perfetto import write_perfetto
 
-from specdec import LLM, RequestOutput, SamplingParams, report
+from specdec import LLM, RequestOutput, SamplingParams, plots
 from specdec.config import Config
+from specdec.perfetto import write_perfetto
 from specdec.trace import TraceWriter, read_requests, read_steps
 from specdec.tracking import Run
 from specdec.workload import PromptItem, prompt_items
@@ -108,9 +108,9 @@ def generate(
 
 def log_steps(run: Run, served: Served, name: str) -> None:
     """The run's Gantt chart, its Perfetto trace and its tables as an artifact."""
-    run.log_figure("gantt", report.step_gantt(served.steps, served.requests))
+    run.log_figure("gantt", plots.step_gantt(served.steps))
     perfetto = run.trace_directory / f"{name}.perfetto.json"
-    write_perfetto(perfetto, served.steps, served.requests)
+    write_perfetto(served.steps, perfetto)
     run.log_trace([*served.paths, perfetto])
 
 

@@ -23,18 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from experiments import common
-from specdec import report
+from specdec import plots
 from specdec.config import Config
 from specdec.model.export import export_hf
 from specdec.model.weights import load_model
+from specdec.report import summary_table
 from specdec.tracking import Run
 from specdec.workload import PromptItem, builtin_prompts
 
 PROMPT_LEN = 64
 PREFILL_LEN = 512
+# What this engine aims at, as ratios to transformers (and, for lookup, to itself without).
+GOALS = {"1 concurrent": 2.5, "16 concurrent": 2.5, "64 concurrent": 2.4, f"prefill {PREFILL_LEN}": 1.9}
 NEEDS = {"transformers": "transformers", "vllm": "vllm", "llama_cpp": "llama_cpp"}
 
 
@@ -103,7 +105,14 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     summary["cases"] = rows
     _show(run, rows, summary)
     run.log_table("cases", rows)
-    run.log_figure("tokens_per_s", report.engine_bars(rows))
+    against = {
+        row["case"]: row["vs_transformers"]
+        for row in rows
+        if row["vs_transformers"] and row["engine"] == "specdec"
+    }
+    if against:
+        figure = plots.ratio_bars(against, GOALS, title="Speed over transformers, same weights and threads")
+        run.log_figure("over_transformers", figure)
     run.log_metrics({f"{row['case']}/{row['engine']}": row["tok_s"] for row in rows})
     return summary
 
@@ -127,6 +136,7 @@ def _settings(config: Config, stack: ExitStack) -> dict[str, Any]:
 def _cases(config: Config) -> list[dict[str, Any]]:
     """Each case: a name, what to ask of every engine, and how this one also answers with n-gram lookup."""
     tokenizer = load_model(config.model.name, dtype=torch.bfloat16).tokenizer
+
     def encode(item: PromptItem) -> list[int]:
         assert not isinstance(item.prompt, str)
         return tokenizer.apply_chat_template(item.prompt)
@@ -239,14 +249,16 @@ def _rows(cases: list[dict[str, Any]], seconds: dict[tuple[str, str], list[float
 
 
 def _show(run: Run, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    table = Table(title="tokens per second, median over interleaved rounds")
-    for column in ("case", "engine", "tok/s", "range", "÷ transformers", "÷ specdec plain"):
-        table.add_column(column, justify="left" if column in ("case", "engine") else "right")
-    for row in rows:
-        ratios = [f"{row[key]:.2f}×" if row[key] else "" for key in ("vs_transformers", "vs_specdec")]
-        spread = f"{row['min_tok_s']:.0f}–{row['max_tok_s']:.0f}"
-        table.add_row(row["case"], row["engine"], f"{row['tok_s']:.1f}", spread, *ratios)
-    run.console.print(table)
+    columns = {
+        "case": "case",
+        "engine": "engine",
+        "tok_s": "tok/s",
+        "min_tok_s": "slowest",
+        "max_tok_s": "fastest",
+        "vs_transformers": "÷ transformers",
+        "vs_specdec": "÷ specdec plain",
+    }
+    run.console.print(summary_table(rows, columns, title="tokens per second, median over interleaved rounds"))
     steps = summary["verify_step_ms"]
     base = next(iter(steps.values()))
     shown = ", ".join(f"{count}: {ms:.1f} ms ({ms / base:.2f}×)" for count, ms in steps.items())

@@ -10,15 +10,25 @@ import statistics
 from typing import Any
 
 import polars as pl
-from rich.table import Table
 
 from experiments import common
-from specdec import report
+from specdec import plots
 from specdec.config import Config
 from specdec.metrics import acceptance_by_position, decode_rows, phase_times
+from specdec.report import summary_table
 from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
 
+COLUMNS = {
+    "mode": "decoding",
+    "tau": "τ",
+    "tok_s": "tok/s",
+    "speedup": "speed-up",
+    "drafted": "drafted",
+    "accepted": "accepted",
+    "draft_share": "time drafting",
+    "equal": "equal outputs",
+}
 WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
@@ -42,15 +52,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         )
     rows = [_row(name, rounds, equal, len(items)) for name in modes]
     speedups = _speedups_by_task(rounds)
-    _show(run, rows, config)
+    title = f"{config.model.name}, {config.model.dtype}, {config.engine.max_num_seqs} at a time"
+    run.console.print(summary_table(rows, COLUMNS, title=title))
     run.log_table("summary", rows)
-    run.log_figure("speedup_by_task", report.speedup_by_task(speedups))
+    run.log_figure("speedup_by_task", plots.speedup_by_task(speedups))
     positions = {
         name: acceptance_by_position(decode_rows(served[0].steps)) for name, served in rounds.items()
     }
     drafted = {name: table for name, table in positions.items() if table.height}
     if drafted:
-        run.log_figure("acceptance_by_position", report.acceptance_by_position(drafted))
+        run.log_figure("acceptance_by_position", plots.acceptance_by_position(drafted))
     last = rounds[list(modes)[-1]][0]
     common.log_steps(run, last, name=list(modes)[-1])
     run.log_metrics({f"{row['mode']}/{key}": row[key] for row in rows for key in ("tok_s", "speedup", "tau")})
@@ -86,17 +97,14 @@ def _row(
     }
 
 
-def _speedups_by_task(rounds: dict[str, list[common.Served]]) -> pl.DataFrame:
-    """Columns ``task``, ``drafter``, ``speedup``: plain seconds per token over the drafter's, by task."""
+def _speedups_by_task(rounds: dict[str, list[common.Served]]) -> dict[str, dict[str, float]]:
+    """Drafter to task to plain seconds per token over the drafter's."""
     per_token = {name: _seconds_per_token(served) for name, served in rounds.items()}
-    return pl.DataFrame(
-        [
-            {"task": task, "drafter": name, "speedup": per_token["plain"][task] / seconds}
-            for name, tasks in per_token.items()
-            if name != "plain"
-            for task, seconds in tasks.items()
-        ]
-    )
+    return {
+        name: {task: per_token["plain"][task] / seconds for task, seconds in tasks.items()}
+        for name, tasks in per_token.items()
+        if name != "plain"
+    }
 
 
 def _seconds_per_token(served: list[common.Served]) -> dict[str, float]:
@@ -107,21 +115,3 @@ def _seconds_per_token(served: list[common.Served]) -> dict[str, float]:
         )
     )
     return dict(table.iter_rows())
-
-
-def _show(run: Run, rows: list[dict[str, Any]], config: Config) -> None:
-    table = Table(title=f"{config.model.name}, {config.model.dtype}, one request at a time")
-    for column in ("decoding", "τ", "tok/s", "speed-up", "drafted", "accepted", "drafting", "equal outputs"):
-        table.add_column(column, justify="left" if column == "decoding" else "right")
-    for row in rows:
-        table.add_row(
-            row["mode"],
-            f"{row['tau']:.2f}",
-            f"{row['tok_s']:.1f}",
-            f"{row['speedup']:.2f}×",
-            str(row["drafted"]),
-            str(row["accepted"]),
-            f"{row['draft_share']:.0%}",
-            row["equal"],
-        )
-    run.console.print(table)

@@ -9,21 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from experiments import common
-from specdec import report
+from specdec import plots
 from specdec.config import Config
 from specdec.metrics import (
     Slo,
     acceptance_rate,
     decode_rows,
     goodput,
-    latencies,
     latency_table,
     throughput,
     tokens_per_step,
 )
+from specdec.report import latency_rows, summary_table
 from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
 from specdec.workload import arrivals
@@ -52,31 +51,23 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "num_preemptions": int(served.requests["num_preemptions"].sum()),
         "mean_running": float(served.steps["num_running"].mean()),  # type: ignore[arg-type]
     }
-    _show(run, summary, config)
+    name = f"{config.policy.name}, {config.drafter.name}"
+    run.console.print(
+        summary_table(latency_rows(summary["latency"]), title=f"{name}, {options.rate_per_s} requests/s")
+    )
+    good, rate = summary["goodput"], summary["throughput"]
+    run.console.print(
+        f"{rate['tokens_per_s']:.0f} tokens/s, {rate['requests_per_s']:.2f} requests/s; within the SLO: "
+        f"{good['share']:.0%}, {good['requests_per_s']:.2f} requests/s; τ {summary['tau']:.2f}"
+    )
     run.log_table("latency", [{"latency": name, **row} for name, row in summary["latency"].items()])
-    run.log_figure("latency_cdf", report.latency_cdf({"serve": latencies(served.requests)}))
+    run.log_figure(
+        "latency_cdf",
+        plots.latency_cdf({name: served.requests}, slo_s={"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}),
+    )
     common.log_steps(run, served, name="serve")
     run.log_metrics(
         {f"{name}/{key}": value for name, row in summary["latency"].items() for key, value in row.items()}
         | {f"goodput/{key}": value for key, value in summary["goodput"].items()}
     )
     return summary
-
-
-def _show(run: Run, summary: dict[str, Any], config: Config) -> None:
-    drafter = config.drafter.name
-    table = Table(
-        title=f"policy {config.policy.name}, drafter {drafter}, {config.experiment.rate_per_s} requests/s"
-    )
-    for column in ("seconds", "mean", "p50", "p90", "p95", "p99"):
-        table.add_column(column, justify="left" if column == "seconds" else "right")
-    for name, row in summary["latency"].items():
-        table.add_row(
-            name.removesuffix("_s"), *(f"{row[key]:.3f}" for key in ("mean", "p50", "p90", "p95", "p99"))
-        )
-    run.console.print(table)
-    good, rate = summary["goodput"], summary["throughput"]
-    run.console.print(
-        f"{rate['tokens_per_s']:.0f} tokens/s, {rate['requests_per_s']:.2f} requests/s; within the SLO: "
-        f"{good['share']:.0%}, {good['requests_per_s']:.2f} requests/s; τ {summary['tau']:.2f}"
-    )

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "verify.rule": ("token", "block"),
     "policy.order": ("fcfs", "sjf", "priority", "edf"),
     "tracking.mode": ("offline", "online", "disabled"),
-    "experiment.arrivals": ("poisson", "gamma", "uniform", "at_once"),
+    "experiment.arrivals": ("poisson", "gamma", "uniform", "all_at_once"),
 }
 
 
@@ -223,7 +223,7 @@ class AcceptanceSweepConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """arrivals: poisson, gamma, uniform or at_once. cv: coefficient of variation of gamma's gaps. slo_*:
+    """arrivals: poisson, gamma, uniform or all_at_once. cv: coefficient of variation of gamma's gaps. slo_*:
     limits that a request must meet to count as good."""
 
     name: str = "serve"

@@ -85,10 +85,10 @@ class LLM:
             )
         self.block_size = block_size
         if num_blocks is None:
-            most = options.get("max_num_seqs", 64) * -(-self.max_model_len // block_size)
+            most: int = options.get("max_num_seqs", 64) * -(-self.max_model_len // block_size)
             block_bytes = kv_bytes_per_block(backend, config, DTYPES[dtype], block_size)
             num_blocks = min(most, kv_memory_bytes // block_bytes)
-        self.num_blocks = int(num_blocks)
+        self.num_blocks = num_blocks
         self.tokenizer = loaded.tokenizer
         self.runner = make_runner(loaded, backend, DTYPES[dtype], self.num_blocks, block_size, place)
         self._references: dict[tuple[bytes, SamplingParams], IntArray] = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 LATENCIES = ("queue_s", "ttft_s", "tpot_s", "e2e_s")
 PHASES = ("draft", "verify", "sample", "overhead")
@@ -182,7 +182,7 @@ def acceptance_rate(rows: pl.DataFrame) -> float:
     return _ratio(float(accepted.sum()), float(judged.sum()))
 
 
-def judged_drafts(rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def judged_drafts(rows: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Accepted and judged (accepted or first rejected) draft tokens of each verification, int64 [N] each.
 
     The arguments of :func:`bootstrap_ratio` for an interval around :func:`acceptance_rate`.

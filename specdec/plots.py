@@ -25,6 +25,8 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 INK, MUTED, GRID = "#222222", "#6B6B6B", "#E3E3E3"
 PHASE_COLOURS = {"draft": PALETTE[1], "verify": PALETTE[0], "sample": PALETTE[2], "overhead": "#9A9A9A"}
 PREFILL, DECODE, SPECULATED = PALETTE[3], PALETTE[4], PALETTE[2]
+# Behind labels that a line may cross.
+_BACKING = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 _DPI = 150
 _MARKERS = "osD^vPX"
 
@@ -46,7 +48,7 @@ def speedup_by_task(
         at = np.arange(len(tasks)) + (index - (len(speedups) - 1) / 2) * width
         bars = axes.bar(at, heights, width * 0.94, label=drafter, color=_colour(index), zorder=2)
         labels = ["" if np.isnan(height) else f"{height:.2f}" for height in heights]
-        axes.bar_label(bars, labels=labels, padding=2, fontsize=7.5, color=INK)
+        axes.bar_label(bars, labels=labels, padding=2, fontsize=7.5, color=INK, bbox=_BACKING, zorder=4)
     axes.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=3, label="plain = 1")
     axes.set_xticks(range(len(tasks)), tasks)
     axes.margins(y=0.14)
@@ -112,41 +114,48 @@ def latency_cdf(runs: Mapping[str, pl.DataFrame], *, slo_s: Mapping[str, float] 
     return figure
 
 
-def step_gantt(steps: pl.DataFrame, *, max_steps: int = 500, max_requests: int = 64) -> Figure:
+def step_gantt(steps: pl.DataFrame, *, max_steps: int = 500, max_requests: int = 200) -> Figure:
     """What ran when: the phases of each step above, the requests' prefill and decode steps below.
 
     Args:
         steps: steps table.
-        max_steps, max_requests: the first so many are drawn; the heading says if that is not all.
+        max_steps, max_requests: drawn are the first steps, until either is reached; the heading says if that
+            is not all.
 
     Raises:
         ValueError: the table has no rows.
     """
     if steps.height == 0:
         raise ValueError("the steps table is empty: there is nothing to draw")
-    window = steps.head(max_steps)
+    window, ids = _first_steps(steps, max_steps, max_requests)
     origin_s = float(window["start_s"][0])
-    ids = list(dict.fromkeys(i for row in window["request_ids"].to_list() for i in row))[:max_requests]
-    height = 1.0 + 0.28 * len(PHASES) + min(7.0, max(1.2, 0.2 * len(ids)))
-    figure = Figure(figsize=(11.0, height), dpi=_DPI, layout="constrained")
-    ratios = [0.28 * len(PHASES) + 0.2, min(7.0, max(1.2, 0.2 * len(ids)))]
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=ratios)
     span_s = float(np.max(window["end_s"].to_numpy())) - origin_s
     scale, unit = (1e3, "ms") if span_s < 2.0 else (1.0, "s")
+    heights = [0.28 * len(PHASES) + 0.2, min(7.0, max(1.2, 0.2 * len(ids)))]
+    figure = Figure(figsize=(11.0, sum(heights) + 0.9), dpi=_DPI, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=heights)
     _draw_phases(top, window, origin_s, scale)
     _draw_requests(bottom, window, ids, origin_s, scale)
-    shown = (
-        f"{window.height} steps"
-        if window.height == steps.height
-        else f"first {window.height} of {steps.height} steps"
-    )
-    _style(top, f"Phases of the {shown}", "", "")
-    _style(bottom, "", f"time ({unit})", "request")
+    whole = window.height == steps.height
+    shown = f"{window.height} steps" if whole else f"first {window.height} of {steps.height} steps"
+    _style(top, f"Phases of the {shown}", "", "", grid="x")
+    _style(bottom, "", f"time ({unit})", "request", grid="x")
     bottom.set_xlim(0.0, span_s * scale)
     kinds = {"prefill": PREFILL, "decode, one token": DECODE, "decode, drafts accepted": SPECULATED}
     handles = [Patch(color=colour, label=name) for name, colour in kinds.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
+
+
+def _first_steps(steps: pl.DataFrame, max_steps: int, max_requests: int) -> tuple[pl.DataFrame, list[int]]:
+    """The first steps in which no more than so many requests appear, and those requests in order."""
+    seen: dict[int, None] = {}
+    for index, row_ids in enumerate(steps["request_ids"].head(max_steps).to_list()):
+        grown = seen | dict.fromkeys(row_ids)
+        if index and len(grown) > max_requests:
+            return steps.head(index), list(seen)
+        seen = grown
+    return steps.head(max_steps), list(seen)
 
 
 def _draw_phases(axes: Axes, steps: pl.DataFrame, origin_s: float, scale: float) -> None:
@@ -155,7 +164,11 @@ def _draw_phases(axes: Axes, steps: pl.DataFrame, origin_s: float, scale: float)
     for phase in ("overhead", "draft", "verify", "sample"):
         length = steps[f"{phase}_s"].to_numpy()
         lane = lanes.index(phase)
-        _boxes(axes, at * scale, length * scale, np.full(at.size, lane), 0.8, PHASE_COLOURS[phase])
+        colour = PHASE_COLOURS[phase]
+        # An edge of its own colour keeps a phase visible that is thinner than a pixel.
+        _boxes(
+            axes, at * scale, length * scale, np.full(at.size, lane), 0.8, colour, edge=colour, edge_width=0.5
+        )
         at = at + length
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_ylim(len(lanes) - 0.5, -0.5)
@@ -163,27 +176,38 @@ def _draw_phases(axes: Axes, steps: pl.DataFrame, origin_s: float, scale: float)
 
 def _draw_requests(axes: Axes, steps: pl.DataFrame, ids: list[int], origin_s: float, scale: float) -> None:
     lists = ["request_ids", "num_new", "emits", "row_accepted"]
-    rows = steps.select("start_s", "end_s", *lists).explode(lists).filter(pl.col("request_ids").is_in(ids))
-    lane = np.array([ids.index(i) for i in rows["request_ids"].to_list()], np.int64)
+    rows = steps.filter(pl.col("num_rows") > 0).select("start_s", "end_s", *lists).explode(lists)
+    lanes = {request_id: lane for lane, request_id in enumerate(ids)}
+    lane = np.array([lanes[request_id] for request_id in rows["request_ids"].to_list()], np.int64)
     start = (rows["start_s"].to_numpy() - origin_s) * scale
     length = (rows["end_s"] - rows["start_s"]).to_numpy() * scale
     decodes = rows["emits"].to_numpy() & (rows["num_new"].to_numpy() == 1)
     accepted = rows["row_accepted"].to_numpy() > 0
     kinds = ((~decodes, PREFILL), (decodes & ~accepted, DECODE), (decodes & accepted, SPECULATED))
     for chosen, colour in kinds:
-        _boxes(axes, start[chosen], length[chosen], lane[chosen], 0.78, colour)
+        _boxes(axes, start[chosen], length[chosen], lane[chosen], 0.78, colour, edge="white", edge_width=0.15)
     every = max(1, len(ids) // 16)
     axes.set_yticks(range(0, len(ids), every), [str(i) for i in ids[::every]])
     axes.set_ylim(len(ids) - 0.5, -0.5)
 
 
-def _boxes(axes: Axes, start: Any, length: Any, lane: Any, height: float, colour: str) -> None:
+def _boxes(
+    axes: Axes,
+    start: Any,
+    length: Any,
+    lane: Any,
+    height: float,
+    colour: str,
+    *,
+    edge: str,
+    edge_width: float,
+) -> None:
     """Horizontal bars as one collection: thousands of them draw in an instant."""
     low, high = lane - height / 2, lane + height / 2
     corners = [(start, low), (start + length, low), (start + length, high), (start, high)]
     vertices = np.stack([np.stack(np.broadcast_arrays(x, y), axis=-1) for x, y in corners], axis=1)
-    boxes = PolyCollection(list(vertices), facecolor=colour, edgecolor="white", linewidth=0.15, zorder=2)
-    axes.add_collection(boxes)
+    style = {"facecolor": colour, "edgecolor": edge, "linewidth": edge_width, "snap": False}
+    axes.add_collection(PolyCollection(list(vertices), **style, zorder=2))
 
 
 def speedup_by_acceptance(
@@ -269,14 +293,16 @@ def ratio_bars(
     _need(ratios, "ratios")
     figure, axes = _figure(7.5, 1.3 + 0.42 * len(ratios))
     values = np.array(list(ratios.values()), np.float64)
-    bars = axes.barh(np.arange(values.size), values, 0.62, color=PALETTE[0], zorder=2)
-    axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=6, fontsize=9, color=INK)
-    for index, name in enumerate(ratios):
-        if intervals and name in intervals:
-            axes.plot(intervals[name], [index, index], color=INK, linewidth=1.2, zorder=3)
-        if goals and name in goals:
-            ends = [index - 0.42, index + 0.42]
-            axes.plot([goals[name]] * 2, ends, color=PALETTE[5], linewidth=2.2, zorder=4)
+    axes.barh(np.arange(values.size), values, 0.62, color=PALETTE[0], zorder=2)
+    for index, (name, value) in enumerate(ratios.items()):
+        interval, goal = (intervals or {}).get(name, (value, value)), (goals or {}).get(name, 0.0)
+        if interval[0] < interval[1]:
+            axes.plot(interval, [index, index], color=INK, linewidth=1.2, zorder=3)
+        if goal:
+            axes.plot([goal, goal], [index - 0.42, index + 0.42], color=PALETTE[5], linewidth=2.2, zorder=4)
+        beside = (max(value, interval[1], goal), index)
+        place = {"textcoords": "offset points", "va": "center", "bbox": _BACKING, "zorder": 5}
+        axes.annotate(f"{value:.2f}", beside, (5, 0), **place, fontsize=9, color=INK)
     axes.axvline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=3)
     axes.set_yticks(range(values.size), list(ratios))
     axes.invert_yaxis()

@@ -66,11 +66,13 @@ def test_choices_are_those_of_the_code():
     from specdec.scheduler.policy import ORDERS, POLICIES
     from specdec.scheduler.speculation import CONTROLLERS
     from specdec.verify import CHAIN_RULES
+    from specdec.workload import PROCESSES
 
     assert set(CHOICES["model.dtype"]) == set(DTYPES)
     assert set(CHOICES["model.backend"]) == set(BACKENDS)
     assert set(CHOICES["verify.rule"]) == set(CHAIN_RULES)
     assert set(CHOICES["policy.order"]) == set(ORDERS)
+    assert set(CHOICES["experiment.arrivals"]) == set(PROCESSES)
     assert set(VARIANTS["policy"]) == set(POLICIES)
     assert set(VARIANTS["speculation"]) == set(CONTROLLERS)
     assert set(VARIANTS["drafter"]) == {*DRAFTERS, "none"}

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# By the dtype that activations are rounded to before they are multiplied. About three times the worst seen on small
-# random models (2.2e-3 and 2.1e-2) against a reference that rounds at the same places.
+# By the dtype that activations are rounded to before they are multiplied. About twice the worst seen in 144 random
+# sequences of each (3.1e-3 and 3.3e-2) against a reference that rounds at the same places. Most are below 1e-3; the
+# worst are numbers that one of the two rounds up and the other down.
 LOGITS = {torch.float32: 6e-3, torch.bfloat16: 6e-2}
 
 

@@ -11,7 +11,6 @@ bfloat16 load, so later loads map a file. Other dtypes are dequantised afresh, s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256

@@ -1,4 +1,6 @@
-"""A whole decoder step on a CPU with AMX: one C++ call, bf16 weights, float32 accumulation, batch-invariant.
+"""A whole decoder step on a CPU with AVX-512 in one C++ call, by AMX tiles where it has them; batch-invariant.
+
+Weights are bfloat16, sums float32.
 
 A token's logits depend, to the bit, on its own context alone: not on the other rows of the step, nor on whether it
 was computed in a prefill chunk, a decode step or a verification. Greedy speculative decoding therefore equals

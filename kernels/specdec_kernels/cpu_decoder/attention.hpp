@@ -42,11 +42,26 @@ struct AttentionItem {
 };
 
 struct AttentionBuffers {
-  Input* queries;     // [16][D]
-  float* scores;      // [16][length], length a multiple of 32
-  Input* weights;     // [16][length]
-  float* outputs;     // [16][D]
+  Input* queries;  // [16][D]
+  float* scores;   // [16][row_stride(longest context)]
+  Input* weights;  // [16][row_stride(longest context)]
+  float* outputs;  // [16][D]
+  bf16* tail;      // [8 token pairs][D][2]
 };
+
+// From a row of scores to the next. Not a multiple of a page: the rows of a column would share one cache set.
+inline int row_stride(int context) { return (context + 31) / 32 * 32 + 16; }
+
+// A sub-block of values with zeros from slot count on: what was left there, by whomever, may be NaN, and a masked key's
+// weight of zero does not stop a NaN.
+inline void copy_values(const bf16* source, int count, int head_dim, bf16* target) {
+  for (int pair = 0; pair < 8; ++pair, source += head_dim * 2, target += head_dim * 2) {
+    const int kept = std::min(std::max(count - pair * 2, 0), 2);
+    const __m512i mask = _mm512_set1_epi32(kept == 2 ? -1 : kept == 1 ? 0xffff : 0);
+    for (int d = 0; d < head_dim; d += 16)
+      _mm512_storeu_si512(target + d * 2, _mm512_and_si512(_mm512_loadu_si512(source + d * 2), mask));
+  }
+}
 
 // Softmax of scores[first, last) into weights; everything else in [begin, length) becomes 0. Returns the
 // sum of the weights. Lanes are tied to absolute positions, so the sum does not depend on begin or length.
@@ -78,7 +93,7 @@ inline float softmax_row(const float* scores, Input* weights, int begin, int fir
 inline void attend(const AttentionItem& item, const Input* queries, const bf16* keys, const bf16* values,
                    const CacheShape& shape, int num_heads, int window, const AttentionBuffers& buffers, Input* out) {
   const int head_dim = shape.head_dim, share = num_heads / shape.kv_heads, rows = item.num_tokens * share;
-  const int end = item.position + item.num_tokens, padded = (end + 31) / 32 * 32;
+  const int end = item.position + item.num_tokens, padded = (end + 31) / 32 * 32, stride = row_stride(end);
   const int begin = window > 0 ? std::max(0, item.position - window + 1) / 32 * 32 : 0;
   for (int row = 0; row < rows; ++row) {
     const int token = item.first_token + row / share, head = item.head * share + row % share;
@@ -89,17 +104,19 @@ inline void attend(const AttentionItem& item, const Input* queries, const bf16* 
     return cache + shape.sub_block(item.block_table[at / shape.block_size], item.head, at % shape.block_size);
   };
   Matrix::begin_scores(rows);
-  for (int at = begin; at < end; at += 16)
-    Matrix::scores(sub_block(keys, at), buffers.queries, rows, head_dim, buffers.scores + at, padded);
+  Matrix::scores([&](int at) { return sub_block(keys, at); }, buffers.queries, rows, head_dim, begin, end,
+                 buffers.scores, stride);
   float sums[16];
   for (int row = 0; row < rows; ++row) {
     const int last = item.position + row / share + 1, first = window > 0 ? std::max(0, last - window) : 0;
-    sums[row] = softmax_row(buffers.scores + int64_t(row) * padded, buffers.weights + int64_t(row) * padded, begin, first,
+    sums[row] = softmax_row(buffers.scores + int64_t(row) * stride, buffers.weights + int64_t(row) * stride, begin, first,
                             last, padded);
   }
+  const int whole = end / 16 * 16;
+  if (whole < end) copy_values(sub_block(values, whole), end - whole, head_dim, buffers.tail);
   Matrix::begin_values(rows);
-  Matrix::values([&](int at) { return sub_block(values, at); }, buffers.weights, rows, head_dim, begin, end, padded,
-                 buffers.outputs);
+  Matrix::values([&](int at) { return at < whole ? sub_block(values, at) : buffers.tail; }, buffers.weights, rows,
+                 head_dim, begin, end, stride, buffers.outputs);
   Matrix::end();
   for (int row = 0; row < rows; ++row) {
     const int token = item.first_token + row / share, head = item.head * share + row % share;

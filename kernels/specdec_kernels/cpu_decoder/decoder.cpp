@@ -123,10 +123,10 @@ class StepRunner {
   }
 
   void allocate(Workspace& workspace) {
-    const size_t tokens = round_up(std::max(s_.num_tokens, s_.num_logits), 32), length = round_up(longest_, 32);
+    const size_t tokens = round_up(std::max(s_.num_tokens, s_.num_logits), 32), length = row_stride(longest_);
     const size_t q_size = size_t(m_.heads) * m_.head_dim, d = m_.head_dim;
     const size_t per_token = 8 * m_.hidden + 4 * qkv_size_ + sizeof(Input) * (m_.hidden + 2 * q_size + m_.intermediate);
-    const size_t per_thread = 16 * (sizeof(Input) + 4) * (d + length) + 1024;
+    const size_t per_thread = 16 * (sizeof(Input) + 4) * (d + length) + 32 * d + 1024;
     workspace.reserve(tokens * per_token + per_thread * s_.num_threads + 4096);
     b_.x = workspace.take<float>(tokens * m_.hidden);
     b_.projected = workspace.take<float>(tokens * m_.hidden);
@@ -137,7 +137,8 @@ class StepRunner {
     b_.hidden = workspace.take<Input>(tokens * m_.intermediate);
     for (int i = 0; i < s_.num_threads; ++i)
       b_.attention.push_back({workspace.take<Input>(16 * d), workspace.take<float>(16 * length),
-                              workspace.take<Input>(16 * length), workspace.take<float>(16 * d)});
+                              workspace.take<Input>(16 * length), workspace.take<float>(16 * d),
+                              workspace.take<bf16>(16 * d)});
   }
 
   template <class Work>

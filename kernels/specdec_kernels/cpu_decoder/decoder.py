@@ -107,8 +107,7 @@ class _Step(ctypes.Structure):
 class CpuKVCache:
     """Paged keys and values in the tile layout of ``attention.hpp``, zero-initialised.
 
-    Invariant: every slot holds finite numbers at all times. Values of masked slots are multiplied by an exact zero,
-    which keeps a rejected draft's leftovers out, but would not keep a NaN out.
+    What a slot held before a request wrote it, a NaN too, never reaches that request: see ``copy_values`` there.
 
     Attributes:
         k, v: per layer bfloat16 [num_blocks, num_kv_heads · block_size · head_dim].
@@ -210,7 +209,8 @@ class CpuDecoder:
             self._lib.specdec_free_workspace(self._workspace)
 
     def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor.contiguous())
+        # A copy: a tensor of the right dtype would otherwise still be the caller's.
+        self._kept.append(tensor.clone(memory_format=torch.contiguous_format))
         return self._kept[-1].data_ptr()
 
     def _norm(self, weight: Tensor) -> int:

@@ -78,15 +78,20 @@ struct Matrix {
     _tile_loadconfig(&config);
   }
 
-  // out[rows][16], rows apart by length: queries [rows][head_dim] times one sub-block of keys.
-  static void scores(const bf16* keys, const bf16* queries, int, int head_dim, float* out, int length) {
-    _tile_zero(0);
-    for (int d = 0; d < head_dim; d += 32) {
-      _tile_loadd(4, queries + d, head_dim * 2);
-      _tile_loadd(5, keys + d * 16, 64);
-      _tile_dpbf16ps(0, 4, 5);
+  // out[rows][end], rows apart by stride: queries [rows][head_dim] times the keys of sub-blocks begin..end.
+  template <class SubBlock>
+  static void scores(SubBlock&& sub_block, const bf16* queries, int, int head_dim, int begin, int end, float* out,
+                     int stride) {
+    for (int at = begin; at < end; at += 16) {
+      const bf16* keys = sub_block(at);
+      _tile_zero(0);
+      for (int d = 0; d < head_dim; d += 32) {
+        _tile_loadd(4, queries + d, head_dim * 2);
+        _tile_loadd(5, keys + d * 16, 64);
+        _tile_dpbf16ps(0, 4, 5);
+      }
+      _tile_stored(0, out + at, stride * 4);
     }
-    _tile_stored(0, out, length * 4);
   }
 
   static void begin_values(int rows) {
@@ -97,16 +102,16 @@ struct Matrix {
     _tile_loadconfig(&config);
   }
 
-  // out[rows][head_dim] = weights [rows][length] times the values of sub-blocks begin..end.
+  // out[rows][head_dim] = weights [rows][end], rows apart by stride, times the values of sub-blocks begin..end.
   template <class SubBlock>
-  static void values(SubBlock&& sub_block, const bf16* weights, int, int head_dim, int begin, int end, int length,
+  static void values(SubBlock&& sub_block, const bf16* weights, int, int head_dim, int begin, int end, int stride,
                      float* out) {
     for (int d = 0; d < head_dim; d += 32) {
       _tile_zero(0);
       _tile_zero(1);
       for (int at = begin; at < end; at += 16) {
         const bf16* block = sub_block(at) + d * 2;
-        _tile_loadd(4, weights + at, length * 2);
+        _tile_loadd(4, weights + at, stride * 2);
         _tile_loadd(5, block, head_dim * 4);
         _tile_dpbf16ps(0, 4, 5);
         _tile_loadd(6, block + 32, head_dim * 4);

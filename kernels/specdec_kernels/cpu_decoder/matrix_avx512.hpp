@@ -84,51 +84,86 @@ struct Matrix {
     }
   }
 
-  // out[rows][16], rows apart by length: queries [rows][head_dim] times one sub-block of keys.
-  static void scores(const bf16* keys, const float* queries, int rows, int head_dim, float* out, int length) {
-    with_rows<16>(rows, [&](auto count) { scores_rows<count()>(keys, queries, head_dim, out, length); });
-  }
+  // Sums that wait for each other leave the units idle: with few rows, several registers of outputs go side by side.
+  static constexpr int side_by_side(int rows) { return rows <= 4 ? 4 : rows <= 8 ? 2 : 1; }
 
-  template <int ROWS>
-  static void scores_rows(const bf16* keys, const float* queries, int head_dim, float* out, int length) {
-    __m512 sums[ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) sums[r] = _mm512_setzero_ps();
-    for (int d = 0; d < head_dim; d += 2) {
-      const Pairs key(keys + d * 16);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) sums[r] = accumulate(sums[r], queries + r * head_dim + d, key);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(out + int64_t(r) * length, sums[r]);
-  }
-
-  // out[rows][head_dim] = weights [rows][length] times the values of sub-blocks begin..end.
+  // out[rows][end], rows apart by stride: queries [rows][head_dim] times the keys of sub-blocks begin..end.
   template <class SubBlock>
-  static void values(SubBlock&& sub_block, const float* weights, int rows, int head_dim, int begin, int end, int length,
-                     float* out) {
+  static void scores(SubBlock&& sub_block, const float* queries, int rows, int head_dim, int begin, int end, float* out,
+                     int stride) {
     with_rows<16>(rows, [&](auto count) {
-      for (int d = 0; d < head_dim; d += 16)
-        values_rows<count()>(sub_block, weights, head_dim, d, begin, end, length, out + d);
+      constexpr int ROWS = count(), SPAN = side_by_side(ROWS);
+      int at = begin;
+      for (; at + 16 * (SPAN - 1) < end; at += 16 * SPAN)
+        scores_rows<ROWS, SPAN>(sub_block, queries, head_dim, at, out, stride);
+      for (; at < end; at += 16) scores_rows<ROWS, 1>(sub_block, queries, head_dim, at, out, stride);
     });
   }
 
-  template <int ROWS, class SubBlock>
-  static void values_rows(SubBlock&& sub_block, const float* weights, int head_dim, int d, int begin, int end, int length,
-                          float* out) {
-    __m512 sums[ROWS];
+  template <int ROWS, int SPAN, class SubBlock>
+  static void scores_rows(SubBlock&& sub_block, const float* queries, int head_dim, int at, float* out, int stride) {
+    __m512 sums[SPAN][ROWS];
+    const bf16* keys[SPAN];
+#pragma GCC unroll 4
+    for (int i = 0; i < SPAN; ++i) {
+      keys[i] = sub_block(at + 16 * i);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) sums[r] = _mm512_setzero_ps();
+      for (int r = 0; r < ROWS; ++r) sums[i][r] = _mm512_setzero_ps();
+    }
+    for (int d = 0; d < head_dim; d += 2) {
+#pragma GCC unroll 4
+      for (int i = 0; i < SPAN; ++i) {
+        const Pairs key(keys[i] + d * 16);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) sums[i][r] = accumulate(sums[i][r], queries + r * head_dim + d, key);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < SPAN; ++i) {
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(out + int64_t(r) * stride + at + 16 * i, sums[i][r]);
+    }
+  }
+
+  // out[rows][head_dim] = weights [rows][end], rows apart by stride, times the values of sub-blocks begin..end.
+  template <class SubBlock>
+  static void values(SubBlock&& sub_block, const float* weights, int rows, int head_dim, int begin, int end, int stride,
+                     float* out) {
+    with_rows<16>(rows, [&](auto count) {
+      constexpr int ROWS = count(), WIDTH = side_by_side(ROWS);
+      int d = 0;
+      for (; d + 16 * WIDTH <= head_dim; d += 16 * WIDTH)
+        values_rows<ROWS, WIDTH>(sub_block, weights, head_dim, d, begin, end, stride, out + d);
+      if constexpr (WIDTH == 4)
+        if (d < head_dim) values_rows<ROWS, 2>(sub_block, weights, head_dim, d, begin, end, stride, out + d);
+    });
+  }
+
+  template <int ROWS, int WIDTH, class SubBlock>
+  static void values_rows(SubBlock&& sub_block, const float* weights, int head_dim, int d, int begin, int end,
+                          int stride, float* out) {
+    __m512 sums[WIDTH][ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDTH; ++i) {
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[i][r] = _mm512_setzero_ps();
+    }
     for (int at = begin; at < end; at += 16) {
       const bf16* block = sub_block(at) + d * 2;
       for (int pair = 0; pair < 8; ++pair) {
-        const Pairs value(block + pair * head_dim * 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDTH; ++i) {
+          const Pairs value(block + (pair * head_dim + i * 16) * 2);
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r)
-          sums[r] = accumulate(sums[r], weights + int64_t(r) * length + at + pair * 2, value);
+          for (int r = 0; r < ROWS; ++r)
+            sums[i][r] = accumulate(sums[i][r], weights + int64_t(r) * stride + at + pair * 2, value);
+        }
       }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDTH; ++i) {
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(out + r * head_dim, sums[r]);
+      for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(out + r * head_dim + 16 * i, sums[i][r]);
+    }
   }
 };
