@@ -68,8 +68,8 @@ class Specdec:
         blocks = np.arange(self.llm.num_blocks, dtype=np.int32)[None]
 
         def step(start: int, count: int) -> float:
-            ints = (np.array([value], np.int32) for value in (0, start, count, count))
-            batch = StepInput(state, blocks, self.llm.block_size, *ints)
+            row, (at, tokens) = np.zeros(1, np.int64), np.array([[start], [count]], np.int32)
+            batch = StepInput(state, blocks, self.llm.block_size, row, at, tokens, tokens)
             begin = time.perf_counter()
             self.llm.runner.forward(batch)
             return time.perf_counter() - begin

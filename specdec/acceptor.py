@@ -86,7 +86,7 @@ class Acceptor:
     ) -> tuple[IntArray, NDArray[np.int64]]:
         state, rows = self._state, plan.rows[some]
         needed = np.unique(flat)
-        owner = np.zeros(logits.shape[0], np.int32)
+        owner = np.zeros(logits.shape[0], np.int64)
         owner[flat] = rows[:, None]
         probs = state.probs(logits[torch.from_numpy(needed)], owner[needed]).numpy(force=True)
         target_probs = probs[np.searchsorted(needed, flat)]

@@ -23,7 +23,7 @@ from specdec.random import derive_seed
 from specdec.rows import RowState, StepInput, verification_counts
 from specdec.runner import Runner
 from specdec.scheduler import Request, SamplingParams, StepLoop, StepOutcome, StepPlan, hash_blocks
-from specdec.scheduler.plan import BoolArray, IntArray
+from specdec.scheduler.plan import BoolArray, IntArray, LongArray
 from specdec.trace import RequestRecord, TraceWriter
 
 
@@ -82,6 +82,7 @@ class Engine:
         self.trace: TraceWriter | None = None
         self._jobs: dict[int, Job] = {}
         self._watched: dict[int, Job] = {}
+        self._swapped: dict[int, list[Tensor]] = {}
         self._arrivals: list[tuple[float, int]] = []
         self._next_id = 0
         self._start_s = time.perf_counter()
@@ -217,7 +218,7 @@ class Engine:
         self.loop.draining = not self._arrivals
 
     def _enter(self, plan: StepPlan) -> None:
-        """Follow the table: save the rows that left it, load those that entered, copy blocks."""
+        """Follow the table: save the rows that left it, load those that entered, swap and copy blocks."""
         for request_id in plan.preempted.tolist():
             self._leave(self._jobs[request_id])
         if plan.admitted.size:
@@ -230,7 +231,21 @@ class Engine:
                 self.state.position_accepted[row] = job.position_accepted
                 if job.stream or job.params.stop_token_ids or job.params.logprobs is not None:
                     self._watched[row] = job
+        if plan.swapped_out.size or plan.swapped_in.size:
+            self._swap(plan)
         self.runner.copy_blocks(plan.copies)
+
+    def _swap(self, plan: StepPlan) -> None:
+        """KV of preempted requests to host memory, then that of resumed ones back: a block may do both."""
+        size, used = self.loop.config.block_size, 0
+        for request_id in plan.swapped_out.tolist():
+            count = -(-self._jobs[request_id].request.num_swapped // size)
+            blocks = plan.swapped_out_blocks[used : used + count]
+            self._swapped[request_id], used = self.runner.read_blocks(blocks), used + count
+        cached = dict(zip(plan.admitted.tolist(), plan.num_cached.tolist(), strict=True))
+        for request_id in plan.swapped_in.tolist():
+            blocks = self.loop.table.blocks(self._jobs[request_id].row)[: -(-cached[request_id] // size)]
+            self.runner.write_blocks(blocks.astype(np.int64), self._swapped.pop(request_id))
 
     def _leave(self, job: Job) -> None:
         job.tokens = self.state.known(job.row).copy()
@@ -252,7 +267,7 @@ class Engine:
     ) -> tuple[IntArray, BoolArray]:
         """Append emitted tokens up to each row's end; int32 [R] how many, bool [R] which rows finished."""
         table, rows, emitted = self.loop.table, plan.rows, selection.emitted
-        left = table.max_tokens[rows] - table.num_generated[rows]
+        left = table.num_left(rows)
         counts = np.where(plan.emits, np.minimum(selection.num_accepted + 1, left), 0).astype(np.int32)
         stops = np.isin(emitted, self._eos) & ~self.state.ignore_eos[rows, None]
         for index, job in self._watched_in(plan):
@@ -292,8 +307,8 @@ class Engine:
                 return place + 1
         return len(tokens)
 
-    def _hash_new_blocks(self, plan: StepPlan, counts: IntArray) -> tuple[IntArray, np.ndarray]:
-        """Chained hashes of the blocks whose tokens became known: int32 [H] rows, uint64 [H] hashes."""
+    def _hash_new_blocks(self, plan: StepPlan, counts: IntArray) -> tuple[LongArray, np.ndarray]:
+        """Chained hashes of the blocks whose tokens became known: int64 [H] rows, uint64 [H] hashes."""
         rows_out: list[int] = []
         hashes_out: list[int] = []
         if self.loop.config.prefix_caching:
@@ -305,7 +320,7 @@ class Engine:
                 hashes = hash_blocks(tokens, size, have[-1] if have else 0)
                 rows_out += [row] * len(hashes)
                 hashes_out += hashes
-        return np.array(rows_out, np.int32), np.array(hashes_out, np.uint64)
+        return np.array(rows_out, np.int64), np.array(hashes_out, np.uint64)
 
     def _commit(self, plan: StepPlan, outcome: StepOutcome) -> list[Job]:
         """Tell the drafter, the listeners and the scheduler; the jobs that finished."""
@@ -389,4 +404,5 @@ class Engine:
             self.loop.cancel(request_id)
         self._jobs.clear()
         self._watched.clear()
+        self._swapped.clear()
         self._arrivals.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,6 +108,9 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         prefix_caching: bool = True,
         watermark: float = 0.01,
+        ageing_s: float = math.inf,
+        num_swap_blocks: int = 0,
+        num_scheduler_steps: int = 1,
         seed: int = 0,
     ) -> LLM:
         """Choose drafter and scheduler anew, keeping the loaded model; returns self.
@@ -124,6 +128,9 @@ class LLM:
             max_num_batched_tokens: most tokens the target computes in one step.
             prefix_caching: share the KV of common prefixes.
             watermark: share of the blocks that an admission leaves free while others run.
+            ageing_s: under the order ``"priority"``, waiting so long raises a request's priority by one.
+            num_swap_blocks: KV blocks in host memory for preempted requests; 0 computes them again.
+            num_scheduler_steps: requests join a running batch at every so-manyth step only.
             seed: noise of requests that bring no seed of their own.
 
         Raises:
@@ -145,6 +152,10 @@ class LLM:
             prefix_caching=prefix_caching,
             watermark=watermark,
             order=order,
+            ageing_s=ageing_s,
+            preemption="swap" if num_swap_blocks else "recompute",
+            num_swap_blocks=num_swap_blocks,
+            num_scheduler_steps=num_scheduler_steps,
         )
         loop = StepLoop(scheduler, the_policy, controller)
         self.engine = Engine(self.runner, self.tokenizer, loop, the_drafter, rule, seed)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.sampling import process_logits
-from specdec.scheduler.plan import IntArray, StepPlan
+from specdec.scheduler.plan import IntArray, LongArray, StepPlan
 from specdec.scheduler.request import SamplingParams
 
 IntVector = NDArray[np.int64]
@@ -75,7 +75,7 @@ class RowState:
         """The known tokens of ``row``, a view."""
         return self.tokens[row, : self.num_known[row]]
 
-    def probs(self, logits: Tensor, rows: IntArray) -> Tensor:
+    def probs(self, logits: Tensor, rows: LongArray) -> Tensor:
         """The distributions, float32 [N, V], that row ``rows[n]`` draws from given ``logits`` [N, V]."""
         return process_logits(
             logits,
@@ -85,23 +85,23 @@ class RowState:
             min_p=self.min_p[rows],
         )
 
-    def has_penalties(self, rows: IntArray) -> bool:
+    def has_penalties(self, rows: LongArray) -> bool:
         return bool(
             (self.repetition_penalty[rows] != 1.0).any() or (self.presence_penalty[rows] != 0.0).any()
         )
 
-    def write_drafts(self, rows: IntArray, drafts: NDArray[np.int64]) -> None:
+    def write_drafts(self, rows: LongArray, drafts: NDArray[np.int64]) -> None:
         """Put drafts [R, K] behind the known tokens, where the next step's input is read from."""
         columns = self.num_known[rows][:, None] + np.arange(drafts.shape[1])
         self.tokens[rows[:, None], columns] = drafts
 
-    def append(self, rows: IntArray, emitted: NDArray[np.int64], counts: IntArray) -> None:
+    def append(self, rows: LongArray, emitted: NDArray[np.int64], counts: IntArray) -> None:
         """Append the first ``counts[i]`` tokens of ``emitted`` [R, K+1] to row ``rows[i]``."""
         columns = self.num_known[rows][:, None] + np.arange(emitted.shape[1])
         self.tokens[rows[:, None], columns] = emitted
         self.num_known[rows] += counts
 
-    def count_positions(self, rows: IntArray, num_drafted: IntArray, num_accepted: IntArray) -> None:
+    def count_positions(self, rows: LongArray, num_drafted: IntArray, num_accepted: IntArray) -> None:
         positions = np.arange(self.position_drafted.shape[1])
         self.position_drafted[rows] += positions < num_drafted[:, None]
         self.position_accepted[rows] += positions < num_accepted[:, None]
@@ -120,7 +120,7 @@ class StepInput:
     Legend: T tokens of this pass, R rows, N rows of logits.
 
     Args:
-        rows: int32 [R], rows of the table.
+        rows: int64 [R], rows of the table.
         start: int32 [R], position of each row's first token.
         counts: int32 [R], tokens of each row.
         logit_counts: int32 [R], how many of each row's last tokens need logits.
@@ -138,7 +138,7 @@ class StepInput:
         state: RowState,
         block_table: IntArray,
         block_size: int,
-        rows: IntArray,
+        rows: LongArray,
         start: IntArray,
         counts: IntArray,
         logit_counts: IntArray,

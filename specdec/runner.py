@@ -1,7 +1,7 @@
 """Tensors in, logits out: one model with its KV cache, on one of the backends.
 
 ``eager`` is plain torch and runs every family, dtype and device. ``native`` runs a whole decoder step in one
-call of our C++ kernels (bfloat16, CPUs with AMX) and is batch-invariant: a token's logits do not depend, to the
+call of our C++ kernels (bfloat16, x86-64 CPUs with AVX2 or better) and is batch-invariant: a token's logits do not depend, to the
 bit, on what else is in the step. ``auto`` takes native where it is supported and eager elsewhere.
 """
 
@@ -24,7 +24,7 @@ from specdec.model.decoder import Decoder
 from specdec.model.weights import LoadedModel
 from specdec.names import unknown_name
 from specdec.rows import StepInput
-from specdec.scheduler.plan import IntArray
+from specdec.scheduler.plan import IntArray, LongArray
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "eager", "native")
@@ -60,6 +60,14 @@ class Runner(Protocol):
 
     def copy_blocks(self, copies: IntArray) -> None:
         """Copy KV blocks, int32 [C, 2] pairs (source, destination)."""
+        ...
+
+    def read_blocks(self, blocks: LongArray) -> list[Tensor]:
+        """A copy in host memory of KV blocks, int64 [n]; give it to :meth:`write_blocks` as it is."""
+        ...
+
+    def write_blocks(self, blocks: LongArray, content: list[Tensor]) -> None:
+        """Put what :meth:`read_blocks` returned into other blocks, int64 [n]."""
         ...
 
 
@@ -101,6 +109,12 @@ class EagerRunner:
             pairs = torch.from_numpy(copies).to(self.device, torch.int64)
             self.kv_cache.copy_blocks(pairs[:, 0], pairs[:, 1])
 
+    def read_blocks(self, blocks: LongArray) -> list[Tensor]:
+        return _read_blocks(self.kv_cache, blocks)
+
+    def write_blocks(self, blocks: LongArray, content: list[Tensor]) -> None:
+        _write_blocks(self.kv_cache, blocks, content)
+
 
 class NativeRunner:
     backend = "native"
@@ -127,6 +141,28 @@ class NativeRunner:
     def copy_blocks(self, copies: IntArray) -> None:
         if copies.size:
             self.kv_cache.copy_blocks(copies[:, 0], copies[:, 1])
+
+    def read_blocks(self, blocks: LongArray) -> list[Tensor]:
+        return _read_blocks(self.kv_cache, blocks)
+
+    def write_blocks(self, blocks: LongArray, content: list[Tensor]) -> None:
+        _write_blocks(self.kv_cache, blocks, content)
+
+
+class _PagedCache(Protocol):
+    k: list[Tensor]
+    v: list[Tensor]
+
+
+def _read_blocks(cache: _PagedCache, blocks: LongArray) -> list[Tensor]:
+    chosen = torch.from_numpy(blocks)
+    return [part[chosen.to(part.device)].cpu() for part in (*cache.k, *cache.v)]
+
+
+def _write_blocks(cache: _PagedCache, blocks: LongArray, content: list[Tensor]) -> None:
+    chosen = torch.from_numpy(blocks)
+    for part, values in zip((*cache.k, *cache.v), content, strict=True):
+        part[chosen.to(part.device)] = values.to(part.device)
 
 
 def native_spec(config: ModelConfig) -> cpu_decoder.DecoderSpec:

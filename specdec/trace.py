@@ -49,6 +49,7 @@ _STEP_SCALARS: dict[str, Any] = {
 # Columns whose lists have the same length in a step; the names are the plan's or the outcome's, but for the
 # rows' num_accepted and num_emitted, whose names the totals have.
 _PLAN_ROWS = ("rows", "request_ids", "context", "num_new", "num_drafts", "emits")
+_PLAN_LISTS = ("preempted", "copies", "swapped_out", "swapped_out_blocks", "swapped_in")
 _OUTCOME_ROWS = {
     "num_drafted": "num_drafted",
     "row_accepted": "num_accepted",
@@ -70,6 +71,9 @@ STEP_SCHEMA: dict[str, Any] = _STEP_SCALARS | {
     "num_cached": _INTS,
     "preempted": _INTS,
     "copies": _INTS,
+    "swapped_out": _INTS,
+    "swapped_out_blocks": _INTS,
+    "swapped_in": _INTS,
     "hashed_rows": _INTS,
     "block_hashes": pl.List(pl.UInt64),
 }
@@ -229,8 +233,7 @@ def _step_frame(entries: Sequence[_StepEntry]) -> pl.DataFrame:
     lists = [
         _list_columns(rows),
         _list_columns(admissions),
-        _list_columns({"preempted": [plan.preempted for plan in plans]}),
-        _list_columns({"copies": [plan.copies.ravel() for plan in plans]}),
+        *(_list_columns({name: [getattr(plan, name).ravel() for plan in plans]}) for name in _PLAN_LISTS),
         _list_columns(hashes),
     ]
     return pl.concat([scalars, *lists], how="horizontal").select(
@@ -307,7 +310,7 @@ def iter_steps(steps: pl.DataFrame) -> Iterator[tuple[StepPlan, StepOutcome]]:
         plan = StepPlan(
             step=row["step"],
             now_s=row["start_s"],
-            rows=np.array(row["rows"], np.int32),
+            rows=np.array(row["rows"], np.int64),
             request_ids=np.array(row["request_ids"], np.int64),
             context=np.array(row["context"], np.int32),
             num_new=np.array(row["num_new"], np.int32),
@@ -317,6 +320,9 @@ def iter_steps(steps: pl.DataFrame) -> Iterator[tuple[StepPlan, StepOutcome]]:
             num_cached=np.array(row["num_cached"], np.int32),
             preempted=np.array(row["preempted"], np.int64),
             copies=np.array(row["copies"], np.int32).reshape(-1, 2),
+            swapped_out=np.array(row["swapped_out"], np.int64),
+            swapped_out_blocks=np.array(row["swapped_out_blocks"], np.int64),
+            swapped_in=np.array(row["swapped_in"], np.int64),
             wake_s=math.inf,  # only a plan with nothing to run has another time to wake
         )
         outcome = StepOutcome(
@@ -328,7 +334,7 @@ def iter_steps(steps: pl.DataFrame) -> Iterator[tuple[StepPlan, StepOutcome]]:
             verify_s=row["verify_s"],
             sample_s=row["sample_s"],
             overhead_s=row["overhead_s"],
-            hashed_rows=np.array(row["hashed_rows"], np.int32),
+            hashed_rows=np.array(row["hashed_rows"], np.int64),
             block_hashes=np.array(row["block_hashes"], np.uint64),
         )
         yield plan, outcome

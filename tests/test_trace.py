@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from tests.helpers.traced_run import make_loop, make_requests, record_of, traced
 
 def assert_same(first: Any, second: Any) -> None:
     """Two plans or outcomes are equal, array for array, dtypes included."""
-    for item in fields(first):
-        a, b = getattr(first, item.name), getattr(second, item.name)
+    for name in first._fields:
+        a, b = getattr(first, name), getattr(second, name)
         if isinstance(a, np.ndarray):
-            assert a.dtype == b.dtype, item.name
-            assert np.array_equal(a, b), item.name
+            assert a.dtype == b.dtype, name
+            assert np.array_equal(a, b), name
         else:
-            assert a == b, item.name
+            assert a == b, name
 
 
 @pytest.mark.parametrize("flush_every", [1, 7, 1000])

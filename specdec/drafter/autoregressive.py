@@ -12,7 +12,7 @@ from specdec.drafter.base import Draft, DraftHost
 from specdec.random import Stream, uniforms
 from specdec.rows import StepInput
 from specdec.sampling import sample_from_probs
-from specdec.scheduler.plan import IntArray, StepOutcome, StepPlan
+from specdec.scheduler.plan import IntArray, LongArray, StepOutcome, StepPlan
 
 
 class AutoregressiveDrafter(ABC):
@@ -63,12 +63,12 @@ class AutoregressiveDrafter(ABC):
             logits = self.forward(self._input(plan.rows[drafting], (known + index)[more], ones, ones))
         return Draft(tokens, plan.num_drafts.copy(), probs)
 
-    def _input(self, rows: IntArray, start: IntArray, counts: IntArray, logits: IntArray) -> StepInput:
+    def _input(self, rows: LongArray, start: IntArray, counts: IntArray, logits: IntArray) -> StepInput:
         host = self._host
         return StepInput(host.state, host.table.block_table, host.block_size, rows, start, counts, logits)
 
     def _choose(
-        self, logits: Tensor, rows: IntArray, index: int, probs: np.ndarray | None, drafting: np.ndarray
+        self, logits: Tensor, rows: LongArray, index: int, probs: np.ndarray | None, drafting: np.ndarray
     ) -> np.ndarray:
         """Next draft token of each row: the argmax, or for sampled rows a draw that fills ``probs`` [R, V].
 

@@ -64,6 +64,9 @@ class DraftModelDrafter(AutoregressiveDrafter):
         new = np.flatnonzero(self._owner[plan.rows] != plan.request_ids)
         for index in new.tolist():
             row, context = int(plan.rows[index]), int(plan.context[index])
+            # What was swapped in is the target's cache alone; these blocks held somebody else's draft cache.
+            if plan.request_ids[index] in plan.swapped_in:
+                context = 0
             filled = self._filled[table.blocks(row)[: context // self._host.block_size]]
             leading = filled.size if filled.all() else int(np.argmin(filled))
             self._owner[row] = plan.request_ids[index]

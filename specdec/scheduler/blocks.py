@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.scheduler.plan import IntArray
+from specdec.scheduler.plan import IntArray, LongArray
 
 
 def hash_blocks(token_ids: NDArray[np.int32], block_size: int, parent: int = 0) -> list[int]:
@@ -56,7 +56,8 @@ class BlockPool:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.ref_counts = np.zeros(num_blocks, np.int32)
-        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        # Block numbers are 64 bits wide where they index arrays: numpy is several times faster so.
+        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int64)
         self._stack_size = num_blocks
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._block_of_hash: dict[int, int] = {}
@@ -70,16 +71,22 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, count: int) -> IntArray:
-        """Hold ``count`` fresh blocks, int32 [count]. The caller has checked ``num_free``."""
+    def allocate(self, count: int, shared: Sequence[int] = ()) -> LongArray:
+        """Hold the matched blocks ``shared`` once more, and ``count`` fresh ones behind them.
+
+        Returns:
+            int64 [len(shared) + count]. The caller has checked ``num_free``.
+        """
+        for block in shared:
+            self._cached.pop(block, None)
         assert count <= self.num_free, f"{count} blocks asked, {self.num_free} free"
         from_stack = min(count, self._stack_size)
         self._stack_size -= from_stack
         blocks = self._stack[self._stack_size : self._stack_size + from_stack][::-1].copy()
-        if from_stack < count:
+        if shared or from_stack < count:
             evicted = [self._evict() for _ in range(count - from_stack)]
-            blocks = np.concatenate([blocks, np.array(evicted, np.int32)])
-        self.ref_counts[blocks] = 1
+            blocks = np.concatenate([np.array(shared, np.int64), blocks, np.array(evicted, np.int64)])
+        self.ref_counts[blocks] += 1
         return blocks
 
     def _evict(self) -> int:
@@ -88,7 +95,7 @@ class BlockPool:
         return block
 
     def match(self, hashes: Sequence[int]) -> list[int]:
-        """Blocks holding the longest known prefix of ``hashes``. Does not hold them; see :meth:`share`."""
+        """Blocks holding the longest known prefix of ``hashes``. Does not hold them; see :meth:`allocate`."""
         if not self.prefix_caching:
             return []
         blocks: list[int] = []
@@ -103,39 +110,40 @@ class BlockPool:
         """How many of ``blocks`` would leave the free count if shared."""
         return sum(block in self._cached for block in blocks)
 
-    def share(self, blocks: Sequence[int]) -> None:
-        """Hold matched blocks once more."""
-        for block in blocks:
-            self._cached.pop(block, None)
-            self.ref_counts[block] += 1
+    def register(self, blocks: Sequence[int], hashes: Sequence[int]) -> None:
+        """Name held, full, committed blocks by their hashes. The first block of a hash keeps the name."""
+        if not self.prefix_caching:
+            return
+        block_of_hash, hash_of_block = self._block_of_hash, self._hash_of_block
+        for block, value in zip(blocks, hashes, strict=True):
+            assert self.ref_counts[block] > 0, f"block {block} is not held"
+            if value not in block_of_hash and block not in hash_of_block:
+                block_of_hash[value] = block
+                hash_of_block[block] = value
 
-    def register(self, block: int, block_hash: int) -> None:
-        """Name a held, full, committed block by its hash. The first block of a hash keeps the name."""
-        assert self.ref_counts[block] > 0, f"block {block} is not held"
-        if self.prefix_caching and block_hash not in self._block_of_hash and block not in self._hash_of_block:
-            self._block_of_hash[block_hash] = block
-            self._hash_of_block[block] = block_hash
-
-    def release(self, blocks: IntArray) -> None:
+    def release(self, blocks: IntArray | LongArray) -> None:
         """Drop one reference to each block of a sequence, given in sequence order.
 
         The last block is released first, so that eviction takes the tail of a prefix before its head.
         """
-        self.ref_counts[blocks] -= 1
-        assert (self.ref_counts[blocks] >= 0).all(), "a block was released more often than held"
-        if not self._hash_of_block:
-            freed = blocks[self.ref_counts[blocks] == 0][::-1]
-            self._push(freed)
+        blocks = blocks.astype(np.int64)
+        if not self.prefix_caching:  # then no block is shared
+            self.ref_counts[blocks] -= 1
+            self._push(blocks[::-1])
             return
-        for block in reversed(blocks.tolist()):
-            if self.ref_counts[block] > 0:
-                continue
+        counts = self.ref_counts[blocks] - 1
+        assert counts.min(initial=0) >= 0, "a block was released more often than held"
+        self.ref_counts[blocks] = counts
+        nameless: list[int] = []
+        for block in blocks[counts == 0][::-1].tolist():
             if block in self._hash_of_block:
                 self._cached[block] = None
             else:
-                self._push(np.array([block], np.int32))
+                nameless.append(block)
+        self._push(np.array(nameless, np.int64))
 
-    def _push(self, blocks: IntArray) -> None:
+    def _push(self, blocks: LongArray) -> None:
+        assert self._stack_size + blocks.size <= self.num_blocks, "a block was released more often than held"
         self._stack[self._stack_size : self._stack_size + blocks.size] = blocks
         self._stack_size += blocks.size
 

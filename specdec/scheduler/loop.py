@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specdec.names import unknown_name
 from specdec.scheduler.blocks import BlockPool
-from specdec.scheduler.plan import IntArray, StepOutcome, StepPlan
+from specdec.scheduler.plan import NO_COPIES, NO_IDS, NO_INTS, IntArray, LongArray, StepOutcome, StepPlan
 from specdec.scheduler.policy import BatchPolicy, WaitingQueue
 from specdec.scheduler.request import Request, RequestState
 from specdec.scheduler.speculation import SpeculationController, fit_drafts
 from specdec.scheduler.table import RequestTable
+
+PREEMPTIONS = ("recompute", "swap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,11 @@ class SchedulerConfig:
         watermark: share of the blocks that an admission must leave free while others run, so that a newcomer
             is not preempted in the next step.
         order: order of the waiting queue.
+        ageing_s: under the order "priority", waiting so long raises a request's priority by one; ``inf`` never.
+        preemption: "recompute" drops a preempted request's KV; "swap" keeps it in host memory while there is room.
+        num_swap_blocks: KV blocks in host memory, for "swap".
+        num_scheduler_steps: requests may join a running batch at every so-manyth step only (multi-step scheduling:
+            the executor then plans ahead and saves its overhead between).
     """
 
     max_num_seqs: int = 64
@@ -39,11 +47,29 @@ class SchedulerConfig:
     prefix_caching: bool = True
     watermark: float = 0.01
     order: str = "fcfs"
+    ageing_s: float = math.inf
+    preemption: str = "recompute"
+    num_swap_blocks: int = 0
+    num_scheduler_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size", "max_model_len"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "num_blocks",
+            "block_size",
+            "max_model_len",
+            "num_scheduler_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+        if self.preemption not in PREEMPTIONS:
+            raise unknown_name("preemption", self.preemption, PREEMPTIONS)
+        if (self.preemption == "swap") != (self.num_swap_blocks > 0):
+            raise ValueError(
+                f"num_swap_blocks={self.num_swap_blocks} does not fit preemption={self.preemption!r}: swapping needs "
+                "host blocks, recomputing has none"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs="
@@ -73,9 +99,16 @@ class StepLoop:
         self.speculation = speculation
         self.draining = False
         self.pool = BlockPool(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
-        self.table = RequestTable(config.max_num_seqs, self.pool.blocks_for(config.max_model_len))
-        self.queue = WaitingQueue(config.order)
+        self.table = RequestTable(
+            config.max_num_seqs, self.pool.blocks_for(config.max_model_len), config.block_size
+        )
+        self.queue = WaitingQueue(config.order, config.ageing_s)
         self._step = 0
+        self._num_swapped_blocks = 0
+        self._silent: dict[int, Request] = {}  # rows without a first token
+        # Sliced instead of made anew in every step.
+        self._ones = np.ones(config.max_num_seqs, np.int32)
+        self._max_drafts = np.full(config.max_num_seqs, speculation.max_drafts, np.int32)
         self._watermark_blocks = int(config.watermark * config.num_blocks)
 
     @property
@@ -124,118 +157,173 @@ class StepLoop:
     def cancel(self, request_id: int) -> None:
         """Forget a request, waiting or running, between ``commit`` and ``begin``; unknown ids are ignored."""
         for row in self.table.active[self.table.request_ids[self.table.active] == request_id].tolist():
-            self.pool.release(self.table.blocks(row).copy())
+            self.pool.release(self.table.blocks(row))
             self.table.remove(row).state = RequestState.FINISHED
-        self.queue.discard(request_id)
+            self._silent.pop(row, None)
+        cancelled = self.queue.discard(request_id)
+        if cancelled and cancelled.num_swapped:
+            self._num_swapped_blocks -= self.pool.blocks_for(cancelled.num_swapped)
 
     def begin(self, now_s: float) -> StepPlan:
         """Decide the next step. Every call is followed by :meth:`commit`, unless the plan is empty."""
-        preempted: list[int] = []
-        drafts = self._reserve_decodes(now_s, preempted)
-        new = np.zeros(drafts.size, np.int32)
-        rows = self.table.active
-        pending = self.table.num_known[rows] - self.table.num_computed[rows]
+        left: list[Request] = []
+        swapped: list[LongArray] = []
+        pending, drafts = self._reserve_decodes(now_s, left, swapped)
+        new = np.zeros(pending.size, np.int32)
         budget = self.config.max_num_batched_tokens
-        if self.policy.chunked_prefill:
+        if self.policy.decode_first:
             budget = self._give_decodes(pending, new, drafts, budget)
         budget = self._give_prefills(pending, new, budget)
-        admitted: list[Request] = []
-        admitted_new: list[int] = []
-        copies: list[tuple[int, int]] = []
-        if not preempted:
-            budget = self._admit(now_s, budget, admitted, admitted_new, copies)
-        if not self.policy.chunked_prefill:
+        joined = _Joined()
+        if not left and self.queue:
+            budget = self._admit(now_s, budget, joined)
+        if not self.policy.decode_first:
             self._give_decodes(pending, new, drafts, budget)
-        new = np.concatenate([new, np.array(admitted_new, np.int32)])
-        drafts = np.concatenate([drafts, np.zeros(len(admitted), np.int32)])
-        return self._plan(now_s, new, drafts, admitted, preempted, copies)
+        if joined.requests:
+            new = np.concatenate([new, np.array(joined.new, np.int32)])
+            drafts = np.concatenate([drafts, np.zeros(len(joined.requests), np.int32)])
+        return self._plan(now_s, new, drafts, joined, left, swapped)
 
     def _plan(
         self,
         now_s: float,
         new: IntArray,
         drafts: IntArray,
-        admitted: list[Request],
-        preempted: list[int],
-        copies: list[tuple[int, int]],
+        joined: _Joined,
+        left: list[Request],
+        swapped: list[LongArray],
     ) -> StepPlan:
         table = self.table
-        scheduled = new > 0
-        rows = table.active[scheduled]
-        new = new[scheduled]
+        rows = table.active.copy()
+        if np.count_nonzero(new) < new.size:
+            scheduled = new > 0
+            rows, new, drafts = rows[scheduled], new[scheduled], drafts[scheduled]
         context = table.num_computed[rows]
-        idle = rows.size == 0 and self.num_running == 0 and len(self.queue) > 0
-        plan = StepPlan(
-            step=self._step,
+        idle = rows.size == 0 and len(table) == 0 and len(self.queue) > 0
+        step = self._step
+        self._step += rows.size > 0
+        came, went = joined.requests, [r for r in left if r.num_swapped]
+        return StepPlan(
+            step=step,
             now_s=now_s,
             rows=rows,
             request_ids=table.request_ids[rows],
             context=context,
             num_new=new,
-            num_drafts=drafts[scheduled],
+            num_drafts=drafts,
             emits=context + new == table.num_known[rows],
-            admitted=np.array([r.request_id for r in admitted], np.int64),
-            num_cached=np.array([r.num_cached for r in admitted], np.int32),
-            preempted=np.array(preempted, np.int64),
-            copies=np.array(copies, np.int32).reshape(-1, 2),
+            admitted=_ids(came),
+            num_cached=np.array([r.num_cached for r in came], np.int32) if came else NO_INTS,
+            preempted=_ids(left),
+            copies=np.array(joined.copies, np.int32) if joined.copies else NO_COPIES,
+            swapped_out=_ids(went),
+            swapped_out_blocks=np.concatenate(swapped) if swapped else NO_IDS,
+            swapped_in=_ids(joined.swapped_in),
             wake_s=self.policy.wake_s(self.queue) if idle else math.inf,
         )
-        self._step += 0 if plan.is_empty else 1
-        return plan
 
-    def _reserve_decodes(self, now_s: float, preempted: list[int]) -> IntArray:
-        """Hold the blocks that decoding rows will write; int32 [active] drafts that fit.
+    def _reserve_decodes(
+        self, now_s: float, left: list[Request], swapped: list[LongArray]
+    ) -> tuple[IntArray, IntArray]:
+        """Hold the blocks that decoding rows will write; int32 [active] known tokens to compute, drafts that fit.
 
         Under block pressure drafts go first, then whole requests, last in the queue's order first.
         """
         table, size = self.table, self.config.block_size
+        rows = table.active
+        if rows.size == 0:
+            return NO_INTS, NO_INTS
+        computed, known = table.num_computed[rows], table.num_known[rows]
+        pending = known - computed
+        drafts = self._wanted_drafts(now_s, rows, known)
+        if np.count_nonzero(pending != self._ones[: rows.size]):
+            drafts *= pending == 1
+        # A row that still computes its prompt holds the blocks of all of it, so it is never short.
+        short = (computed + drafts >= table.capacity[rows]).nonzero()[0]
+        if short.size == 0:
+            return pending, drafts
+        growing = rows[short]
+        need = -((table.capacity[growing] - computed[short] - 1 - drafts[short]) // size)
+        total = int(need.sum())
+        if total > self.pool.num_free:
+            return self._reserve_under_pressure(now_s, left, swapped)
+        table.append_blocks(growing, need, self.pool.allocate(total))
+        return pending, drafts
+
+    def _wanted_drafts(self, now_s: float, rows: LongArray, known: IntArray) -> IntArray:
+        """Drafts that each of ``rows``, were it decoding, would have with room enough, int32 [R]."""
+        if self.speculation.max_drafts == 0:
+            return np.zeros(rows.size, np.int32)
+        wanted = (
+            self._max_drafts[: rows.size]
+            if self.speculation.is_constant
+            else self.speculation.num_drafts(self.table, rows, now_s)
+        )
+        # The last token comes from the target itself.
+        return np.minimum(wanted, self.table.max_known[rows] - known - self._ones[: rows.size])
+
+    def _reserve_under_pressure(
+        self, now_s: float, left: list[Request], swapped: list[LongArray]
+    ) -> tuple[IntArray, IntArray]:
+        """:meth:`_reserve_decodes` where not every row can have all that it wants."""
+        table, size = self.table, self.config.block_size
         while True:
             rows, held = table.active, table.num_blocks[table.active]
             computed = table.num_computed[rows]
-            decode = table.num_known[rows] - computed == 1
+            pending = table.num_known[rows] - computed
+            decode = pending == 1
             plain = np.where(decode, -(-(computed + 1) // size), held)
             spare = self.pool.num_free - int(np.maximum(plain - held, 0).sum())
             if spare >= 0:
                 break
             if not self._give_back(rows, plain):
-                preempted.append(self._preempt())
-        limit = table.max_tokens[rows] - table.num_generated[rows] - 1
-        wanted = np.minimum(self.speculation.num_drafts(table, rows, now_s), limit)
-        drafts = np.where(decode, wanted, 0).astype(np.int32)
+                left.append(self._preempt(swapped))
+        drafts = self._wanted_drafts(now_s, rows, computed + pending) * decode
         need_plain = np.maximum(plain - held, 0)
         need = np.where(decode, np.maximum(-(-(computed + 1 + drafts) // size) - held, 0), 0)
-        extra = need - need_plain
-        if extra.sum() > spare:
-            keep = np.cumsum(extra) <= spare
-            need = np.where(keep, need, need_plain)
-            fitting = np.minimum(drafts, (held + need) * size - computed - 1).astype(np.int32)
-            drafts = np.where(keep, drafts, fitting)
-        if need.any():
-            table.append_blocks(rows, need, self.pool.allocate(int(need.sum())))
-        return drafts
+        keep = np.cumsum(need - need_plain) <= spare
+        need = np.where(keep, need, need_plain)
+        fitting = np.minimum(drafts, (held + need) * size - computed - 1).astype(np.int32)
+        drafts = np.where(keep, drafts, fitting)
+        growing = np.flatnonzero(need)
+        if growing.size:
+            blocks = self.pool.allocate(int(need.sum()))
+            table.append_blocks(rows[growing], need[growing], blocks)
+        return pending, drafts
 
-    def _give_back(self, rows: IntArray, num_blocks: IntArray) -> bool:
+    def _give_back(self, rows: LongArray, num_blocks: IntArray) -> bool:
         """Release blocks beyond ``num_blocks`` of each row, left from rejected drafts; whether any were."""
         longer = self.table.num_blocks[rows] > num_blocks
         for row, count in zip(rows[longer].tolist(), num_blocks[longer].tolist(), strict=True):
             self.pool.release(self.table.truncate_blocks(row, count))
         return bool(longer.any())
 
-    def _preempt(self) -> int:
-        """Send the running request that is last in the queue's order back to the queue; its id."""
-        table = self.table
+    def _preempt(self, swapped: list[LongArray]) -> Request:
+        """Send the running request that is last in the queue's order back to the queue."""
+        table, pool = self.table, self.pool
         rows, ids = table.active.tolist(), table.request_ids
         row = max(rows, key=lambda r: (self.queue.key(table.request(r)), ids[r]))
-        self.pool.release(table.blocks(row).copy())
+        blocks, computed = table.blocks(row).astype(np.int64), int(table.num_computed[row])
         request = table.remove(row)
+        self._silent.pop(row, None)
+        if self._num_swapped_blocks + pool.blocks_for(computed) <= self.config.num_swap_blocks:
+            request.num_swapped = computed
+            self._num_swapped_blocks += pool.blocks_for(computed)
+            swapped.append(blocks[: pool.blocks_for(computed)])
+        pool.release(blocks)
         request.state = RequestState.WAITING
         request.num_preemptions += 1
         self.queue.push(request)
-        return request.request_id
+        return request
 
     def _give_decodes(self, pending: IntArray, new: IntArray, drafts: IntArray, budget: int) -> int:
         """One token to each decoding row in order, then drafts evenly; the budget that is left."""
-        decoding = np.flatnonzero(pending == 1)
+        decode = pending == 1
+        wanted = int(np.count_nonzero(decode)) + int(drafts.sum())
+        if wanted <= budget:
+            new += decode
+            return budget - wanted
+        decoding = np.flatnonzero(decode)
         served = decoding[:budget]
         drafts[decoding[budget:]] = 0
         new[served] = 1
@@ -254,36 +342,35 @@ class StepLoop:
                 break
         return budget
 
-    def _admit(
-        self,
-        now_s: float,
-        budget: int,
-        admitted: list[Request],
-        admitted_new: list[int],
-        copies: list[tuple[int, int]],
-    ) -> int:
+    def _admit(self, now_s: float, budget: int, joined: _Joined) -> int:
         """Move requests from the queue to the table; the budget that is left."""
-        policy, queue = self.policy, self.queue
-        limit = self.config.max_num_seqs
-        if not queue or not policy.is_open(queue, self.num_running, limit, self.draining, now_s):
+        policy, queue, table = self.policy, self.queue, self.table
+        if len(table) and self._step % self.config.num_scheduler_steps:
             return budget
-        while queue and not self.table.is_full and (budget > 0 or not policy.joins_running):
+        if not policy.is_open(queue, len(table), self.config.max_num_seqs, self.draining, now_s):
+            return budget
+        while queue and not table.is_full and (budget > 0 or not policy.joins_running):
             request = queue.head
-            matched = self.pool.match(self._known_hashes(request))
+            matched = [] if request.num_swapped else self.pool.match(self._known_hashes(request))
             cached = min(len(matched) * self.config.block_size, request.num_known - 1)
+            cached = request.num_swapped or cached
             tokens = request.num_known - cached
             if tokens > budget and policy.joins_running and not policy.chunked_prefill:
                 break
-            if not self._take_blocks(request, matched, cached, copies):
+            if not self._take_blocks(request, matched, cached, joined.copies):
                 break
             queue.pop()
             request.state = RequestState.RUNNING
             request.num_cached = cached
             if math.isnan(request.first_scheduled_s):
                 request.first_scheduled_s = now_s
+            if request.num_swapped:
+                self._num_swapped_blocks -= self.pool.blocks_for(request.num_swapped)
+                request.num_swapped = 0
+                joined.swapped_in.append(request)
             granted = min(tokens, budget) if tokens <= budget or policy.chunked_prefill else 0
-            admitted.append(request)
-            admitted_new.append(granted)
+            joined.requests.append(request)
+            joined.new.append(granted)
             budget -= granted
         return budget
 
@@ -303,7 +390,7 @@ class StepLoop:
     def _fits(self, request: Request, shared: list[int]) -> bool:
         """Whether blocks for all known tokens of ``request`` are free, beside those it shares."""
         fresh = self.pool.blocks_for(request.num_known) - len(shared)
-        reserve = self._watermark_blocks if self.num_running else 0
+        reserve = self._watermark_blocks if len(self.table) else 0
         return fresh + reserve <= self.pool.num_free - self.pool.num_evictable(shared)
 
     def _take_blocks(
@@ -313,35 +400,72 @@ class StepLoop:
         pool, shared = self.pool, self._shared(request, matched)
         if not self._fits(request, shared):
             return False
-        pool.share(shared)
-        fresh = pool.allocate(pool.blocks_for(request.num_known) - len(shared))
+        blocks = pool.allocate(pool.blocks_for(request.num_known) - len(shared), shared)
         if len(shared) < len(matched):
-            copies.append((matched[-1], int(fresh[0])))
-        row = self.table.insert(request, np.concatenate([np.array(shared, np.int32), fresh]), cached)
+            copies.append((matched[-1], int(blocks[len(shared)])))
+        row = self.table.insert(request, blocks, cached)
         self.table.num_registered[row] = len(shared)
+        if math.isnan(request.first_token_s):
+            self._silent[row] = request
         return True
 
     def commit(self, plan: StepPlan, outcome: StepOutcome, now_s: float) -> None:
         """Record what happened in ``plan``; ``now_s`` is the end of the step."""
         table, rows = self.table, plan.rows
-        first = (table.num_generated[rows] == 0) & (outcome.num_emitted > 0)
-        table.num_computed[rows] = plan.context + plan.num_new + outcome.num_accepted
-        table.num_known[rows] += outcome.num_emitted
-        table.num_generated[rows] += outcome.num_emitted
-        table.num_drafted[rows] += outcome.num_drafted
-        table.num_accepted[rows] += outcome.num_accepted
-        table.num_rejected[rows] += outcome.num_accepted < outcome.num_drafted
+        accepted, drafted, emitted = outcome.num_accepted, outcome.num_drafted, outcome.num_emitted
+        known = table.num_known[rows]
+        if self._silent:
+            for row in rows[(known == table.prompt_len[rows]) & plan.emits].tolist():
+                self._silent.pop(row).first_token_s = now_s
+        table.num_computed[rows] = plan.context + plan.num_new + accepted
+        table.num_known[rows] = known + emitted
+        if self.speculation.max_drafts:
+            table.num_drafted[rows] += drafted
+            table.num_accepted[rows] += accepted
+            table.num_rejected[rows] += accepted < drafted
         table.num_steps[rows] += plan.emits
-        for row in rows[first].tolist():
-            if math.isnan(table.request(row).first_token_s):
-                table.request(row).first_token_s = now_s
         if self.config.prefix_caching:
             self._register_blocks(plan, outcome)
         for row in rows[outcome.finished].tolist():
-            self.pool.release(table.blocks(row).copy())
+            self.pool.release(table.blocks(row))
             request = table.remove(row)
             request.state = RequestState.FINISHED
             request.finish_s = now_s
+
+    def skip(
+        self,
+        plan: StepPlan,
+        num_steps: int,
+        num_accepted: IntArray,
+        num_rejected: IntArray,
+        now_s: float,
+    ) -> StepPlan:
+        """Between ``begin`` and ``commit``: ``num_steps`` steps of this same plan happened; the plan that follows.
+
+        Only as far as :meth:`horizon` promised, and nothing may have finished. The state afterwards is that of as
+        many commits and begins, except that other numbers may name the blocks.
+
+        Args:
+            plan: of the first of these steps.
+            num_steps: of which ``num_accepted`` and ``num_rejected``, int32 [R], are the sums.
+            now_s: when the plan that follows begins.
+        """
+        table, rows = self.table, plan.rows
+        advance = num_steps + num_accepted
+        context = plan.context + advance
+        table.num_computed[rows] = context
+        table.num_known[rows] += advance
+        table.num_drafted[rows] += num_steps * plan.num_drafts
+        table.num_accepted[rows] += num_accepted
+        table.num_rejected[rows] += num_rejected
+        table.num_steps[rows] += num_steps
+        need = -(-(context + 1 + plan.num_drafts) // self.config.block_size) - table.num_blocks[rows]
+        growing = np.flatnonzero(need > 0)
+        if growing.size:
+            blocks = self.pool.allocate(int(need[growing].sum()))
+            table.append_blocks(rows[growing], need[growing], blocks)
+        self._step += num_steps
+        return plan._replace(step=plan.step + num_steps, now_s=now_s, context=context)
 
     def _register_blocks(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Name the blocks that this step filled with committed tokens."""
@@ -353,9 +477,7 @@ class StepLoop:
         for row, count in zip(plan.rows[completed].tolist(), full[completed].tolist(), strict=True):
             start = int(table.num_registered[row])
             hashes = table.request(row).block_hashes[start:count]
-            blocks = table.block_table[row, start : start + len(hashes)].tolist()
-            for block, value in zip(blocks, hashes, strict=True):
-                self.pool.register(block, value)
+            self.pool.register(table.block_table[row, start : start + len(hashes)].tolist(), hashes)
             table.num_registered[row] = start + len(hashes)
 
     def horizon(self, now_s: float) -> int:
@@ -373,7 +495,7 @@ class StepLoop:
             return 0
         # The token budget may cut these drafts, but then it cuts them alike in every step.
         advance = 1 + self.speculation.num_drafts(table, rows, now_s)
-        steps = int(((table.max_tokens[rows] - table.num_generated[rows]) // advance).min())
+        steps = int((table.num_left(rows) // advance).min())
         held, free = table.num_blocks[rows], self.pool.num_free
         low = 0
         while low < steps:
@@ -401,3 +523,19 @@ class StepLoop:
         rows = table.active[table.num_registered[table.active] <= last]
         own = (table.request(row).block_hashes[: last + 1] for row in rows.tolist())
         return any(hashes[: len(known)] == known for known in own)
+
+
+class _Joined:
+    """What :meth:`StepLoop._admit` let in: the requests, their tokens of this step, and KV to bring about first."""
+
+    __slots__ = ("copies", "new", "requests", "swapped_in")
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.new: list[int] = []
+        self.copies: list[tuple[int, int]] = []
+        self.swapped_in: list[Request] = []
+
+
+def _ids(requests: list[Request]) -> LongArray:
+    return np.array([r.request_id for r in requests], np.int64) if requests else NO_IDS

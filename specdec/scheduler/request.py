@@ -95,6 +95,7 @@ class Request:
         task: a label for reports.
 
     The remaining fields are written by the scheduler and are the same on hardware and in simulation.
+    ``num_swapped`` counts tokens whose KV waits in host memory.
     """
 
     request_id: int
@@ -115,6 +116,7 @@ class Request:
     num_rejected: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
+    num_swapped: int = 0
     first_scheduled_s: float = math.nan
     first_token_s: float = math.nan
     finish_s: float = math.nan

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from specdec.names import unknown_name
-from specdec.scheduler.plan import IntArray
+from specdec.scheduler.plan import IntArray, LongArray
 from specdec.scheduler.table import RequestTable
 
 
@@ -25,10 +25,10 @@ class SpeculationController(Protocol):
 
     @property
     def is_constant(self) -> bool:
-        """True if the answer never depends on outcomes or time."""
+        """True if the answer is always ``max_drafts``."""
         ...
 
-    def num_drafts(self, table: RequestTable, rows: IntArray, now_s: float) -> IntArray:
+    def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
         """Drafts wanted for each of ``rows``, int32 [R]. Limits and budgets are applied by the loop."""
         ...
 
@@ -40,7 +40,7 @@ class Off:
     max_drafts: int = field(default=0, init=False)
     is_constant: bool = field(default=True, init=False)
 
-    def num_drafts(self, table: RequestTable, rows: IntArray, now_s: float) -> IntArray:
+    def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
         return np.zeros(rows.size, np.int32)
 
 
@@ -54,7 +54,7 @@ class Fixed:
     def __post_init__(self) -> None:
         _check_max_drafts(self.max_drafts)
 
-    def num_drafts(self, table: RequestTable, rows: IntArray, now_s: float) -> IntArray:
+    def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
         return np.full(rows.size, self.max_drafts, np.int32)
 
 
@@ -93,7 +93,7 @@ class Adaptive:
         if self.probe_every < 1:
             raise ValueError(f"probe_every={self.probe_every} must be >= 1")
 
-    def num_drafts(self, table: RequestTable, rows: IntArray, now_s: float) -> IntArray:
+    def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
         accepted = table.num_accepted[rows] + self.prior_accepted
         alpha = accepted / (accepted + table.num_rejected[rows] + self.prior_rejected)
         lengths = np.arange(self.max_drafts + 1)

@@ -80,11 +80,11 @@ def traced_run(
 def _outcome(plan: StepPlan, loop: StepLoop, alpha: float, rng: np.random.Generator) -> StepOutcome:
     draws = rng.random((plan.rows.size, 1 + int(plan.num_drafts.max(initial=0)))) < alpha
     accepted = np.minimum(np.cumprod(draws, axis=1).sum(axis=1), plan.num_drafts).astype(np.int32)
-    left = loop.table.max_tokens[plan.rows] - loop.table.num_generated[plan.rows]
+    left = loop.table.num_left(plan.rows)
     emitted = np.where(plan.emits, np.minimum(accepted + 1, left), 0).astype(np.int32)
     known = loop.table.num_known[plan.rows]
     completed = (known + emitted) // BLOCK_SIZE - known // BLOCK_SIZE
-    hashed_rows = np.repeat(plan.rows, np.where(emitted > 0, completed, 0)).astype(np.int32)
+    hashed_rows = np.repeat(plan.rows, np.where(emitted > 0, completed, 0))
     return StepOutcome(
         num_drafted=plan.num_drafts,
         num_accepted=accepted,

@@ -48,10 +48,10 @@ def test_a_released_block_stays_known_until_it_is_needed() -> None:
     pool = BlockPool(3, 4)
     held = pool.allocate(2)
     for block, value in zip(held.tolist(), (11, 12), strict=True):
-        pool.register(block, value)
+        pool.register([block], [value])
     pool.release(held)
     assert pool.num_free == 3 and pool.match([11, 12, 13]) == held.tolist()
-    pool.share(pool.match([11, 12]))
+    pool.allocate(0, pool.match([11, 12]))
     assert pool.num_free == 1 and pool.num_evictable(held.tolist()) == 0
     pool.release(held)
     pool.allocate(2)
@@ -64,9 +64,9 @@ def test_the_least_recently_used_block_is_evicted_first() -> None:
     pool = BlockPool(2, 1)
     for value in (21, 22):
         block = pool.allocate(1)
-        pool.register(int(block[0]), value)
+        pool.register([int(block[0])], [value])
         pool.release(block)
-    pool.share(pool.match([21]))
+    pool.allocate(0, pool.match([21]))
     pool.release(np.array(pool.match([21]), np.int32))
     pool.allocate(1)
     assert pool.match([21]) and not pool.match([22])
@@ -74,23 +74,23 @@ def test_the_least_recently_used_block_is_evicted_first() -> None:
 
 def test_a_match_stops_at_the_first_unknown_block() -> None:
     pool = BlockPool(2, 1)
-    pool.register(int(pool.allocate(1)[0]), 32)
+    pool.register([int(pool.allocate(1)[0])], [32])
     assert pool.match([31, 32]) == []
 
 
 def test_the_first_block_of_a_hash_keeps_the_name() -> None:
     pool = BlockPool(2, 1)
     first, second = pool.allocate(2).tolist()
-    pool.register(first, 5)
-    pool.register(second, 5)
-    pool.register(first, 6)
+    pool.register([first], [5])
+    pool.register([second], [5])
+    pool.register([first], [6])
     assert pool.match([5]) == [first] and pool.match([6]) == []
 
 
 def test_a_shared_block_is_free_when_the_last_holder_lets_go() -> None:
     pool = BlockPool(2, 1)
     block = pool.allocate(1)
-    pool.share(block.tolist())
+    pool.allocate(0, block.tolist())
     pool.release(block)
     assert pool.num_free == 1
     pool.release(block)
@@ -100,7 +100,7 @@ def test_a_shared_block_is_free_when_the_last_holder_lets_go() -> None:
 def test_without_prefix_caching_nothing_is_remembered() -> None:
     pool = BlockPool(2, 1, prefix_caching=False)
     block = pool.allocate(1)
-    pool.register(int(block[0]), 5)
+    pool.register([int(block[0])], [5])
     pool.release(block)
     assert pool.match([5]) == []
     pool.check([])
@@ -128,7 +128,7 @@ def test_misuse_is_caught() -> None:
         pool.check([])
     pool.release(block)
     with pytest.raises(AssertionError, match="not held"):
-        pool.register(int(block[0]), 5)
+        pool.register([int(block[0])], [5])
     with pytest.raises(AssertionError, match="more often than held"):
         pool.release(block)
 
@@ -148,10 +148,10 @@ class PoolMachine(RuleBasedStateMachine):
         shared = self.pool.match(chain)
         fresh = len(chain) - len(shared)
         if fresh <= self.pool.num_free - self.pool.num_evictable(shared):
-            self.pool.share(shared)
+            self.pool.allocate(0, shared)
             blocks = np.concatenate([np.array(shared, np.int32), self.pool.allocate(fresh)])
             for block, value in zip(blocks.tolist(), chain, strict=True):
-                self.pool.register(block, value)
+                self.pool.register([block], [value])
             self.sequences.append((chain, blocks))
 
     @precondition(lambda self: self.sequences)

@@ -16,7 +16,7 @@ REPEATABLE = settings(derandomize=True, deadline=None, database=None)
 
 def a_table(counts: list[tuple[int, int]]) -> RequestTable:
     """Rows with these numbers of accepted and rejected drafts."""
-    table = RequestTable(len(counts), 4)
+    table = RequestTable(len(counts), 4, 16)
     for request_id, (accepted, rejected) in enumerate(counts):
         request = Request(request_id=request_id, prompt_len=1, max_tokens=9)
         request.num_accepted, request.num_rejected, request.num_steps = accepted, rejected, 1

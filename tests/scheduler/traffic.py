@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -266,7 +266,7 @@ class Driver:
         assert (plan.emits == (plan.context + plan.num_new == known)).all()
         assert (plan.emits | (plan.num_drafts == 0)).all()
         assert (plan.num_drafts <= self.loop.speculation.max_drafts).all()
-        left = table.max_tokens[rows] - table.num_generated[rows]
+        left = table.num_left(rows)
         assert (plan.num_drafts < left).all()
         assert (
             plan.context + plan.num_new + plan.num_drafts <= table.num_blocks[rows] * config.block_size
@@ -322,7 +322,7 @@ class Driver:
             num_accepted=counts[1],
             num_emitted=counts[2],
             finished=finished,
-            hashed_rows=np.array(hashed_rows, np.int32),
+            hashed_rows=np.array(hashed_rows, np.int64),
             block_hashes=np.array(hashes, np.uint64),
         )
 
@@ -367,11 +367,11 @@ class Driver:
 
 def assert_equal_records(left: StepPlan | StepOutcome, right: StepPlan | StepOutcome) -> None:
     """Equal field by field, dtypes included."""
-    for item in fields(left):
-        a, b = getattr(left, item.name), getattr(right, item.name)
+    for name in left._fields:
+        a, b = getattr(left, name), getattr(right, name)
         if isinstance(a, np.ndarray):
             array: NDArray[np.generic] = a
-            assert array.dtype == b.dtype, item.name
-            np.testing.assert_array_equal(a, b, err_msg=item.name)
+            assert array.dtype == b.dtype, name
+            np.testing.assert_array_equal(a, b, err_msg=name)
         else:
-            assert a == b, f"{item.name}: {a} != {b}"
+            assert a == b, f"{name}: {a} != {b}"
