@@ -1,17 +1,15 @@
-"""What is asked, and when: prompts of several kinds, arrival processes, synthetic prompts.
+"""What is asked: built-in prompts, prompts from files, synthetic prompts.
 
 Built-in prompts are this project's own text, of six kinds chosen for how differently they speculate: a
 summary or a rewrite copies from its prompt, a chat does not. Files may be Spec-Bench's ``question.jsonl``
 (Xia et al., arXiv 2401.07851) or JSON lines with a ``prompt``.
 
 >>> items = prompt_items("builtin", num_prompts=12)
->>> arrivals("poisson", len(items), np.random.default_rng(0), rate_per_s=2.0)
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from specdec.names import unknown_name
+from specdec.workload.hashing import pair_hash, random_tokens
+from specdec.workload.requests import Requests
 
 TASKS = ("chat", "summarise", "translate", "code", "maths", "rewrite")
-PROCESSES = ("poisson", "gamma", "uniform", "all_at_once")
 # Spec-Bench's thirteen categories; any other category is its own task.
 _TASK_OF_CATEGORY = {
     "writing": "chat",
@@ -139,51 +137,6 @@ def choose(
     return [items[index] for index in sorted(index for _, index in dealt[:num_prompts])]
 
 
-def arrivals(
-    process: str, num: int, rng: np.random.Generator, *, rate_per_s: float = math.inf, cv: float = 1.0
-) -> NDArray[np.float64]:
-    """Arrival times of an open-loop workload.
-
-    Args:
-        process: ``"poisson"`` (independent exponential gaps), ``"gamma"`` (gamma gaps with coefficient of
-            variation ``cv``: above 1 bursty, 1 is poisson, below 1 smoother), ``"uniform"`` (equal gaps) or
-            ``"all_at_once"``.
-        num: of requests.
-        rng: for the gaps.
-        rate_per_s: mean requests per second; not used by ``all_at_once``.
-        cv: standard deviation of the gaps / their mean; only for ``gamma``.
-
-    Returns:
-        float64 [num], seconds, rising; the first gap starts at 0.
-
-    Raises:
-        ValueError: unknown process, with the nearest ones; a rate or ``cv`` that is not positive and finite;
-            a negative ``num``; a ``cv`` for a process that has none.
-    """
-    if process not in PROCESSES:
-        raise unknown_name("arrival process", process, PROCESSES)
-    if num < 0:
-        raise ValueError(f"num={num} must be >= 0")
-    if process == "all_at_once":
-        return np.zeros(num)
-    if not 0.0 < rate_per_s < math.inf:
-        raise ValueError(
-            f"rate_per_s={rate_per_s} must be a finite number > 0; for no gaps use 'all_at_once'"
-        )
-    if not 0.0 < cv < math.inf or (process != "gamma" and cv != 1.0):
-        raise ValueError(f"cv={cv} must be a finite number > 0, and only the process 'gamma' takes one")
-    mean_gap_s = 1.0 / rate_per_s
-    if process == "uniform":
-        return np.arange(1, num + 1, dtype=np.float64) * mean_gap_s
-    shape = 1.0 / cv**2
-    gaps_s = (
-        rng.exponential(mean_gap_s, num)
-        if process == "poisson"
-        else rng.gamma(shape, mean_gap_s / shape, num)
-    )
-    return np.cumsum(gaps_s)
-
-
 def synthetic_prompts(num: int, length: int, vocab_size: int, rng: np.random.Generator) -> list[list[int]]:
     """Prompts of uniformly random token ids, for timing a step and nothing else.
 
@@ -201,6 +154,31 @@ def synthetic_prompts(num: int, length: int, vocab_size: int, rng: np.random.Gen
     if num < 0 or length < 1 or vocab_size < 1:
         raise ValueError(f"num={num} must be >= 0, length={length} and vocab_size={vocab_size} >= 1")
     return rng.integers(vocab_size, size=(num, length)).tolist()
+
+
+def prompt_token_ids(requests: Requests, index: int, vocab_size: int, seed: int = 0) -> list[int]:
+    """Random token ids for the prompt of one request, such that prompts share what their hashes say.
+
+    So a trace with prefix blocks can be replayed on the engine. Blocks of an answer are another matter: the
+    engine's answer is not the one that the next turn of a session contains.
+
+    Args:
+        requests: with or without hashes.
+        index: of the request.
+        vocab_size: ids are in [0, vocab_size).
+        seed: for all tokens.
+
+    Raises:
+        ValueError: ``vocab_size`` < 1.
+    """
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size} must be >= 1")
+    shared = requests.hashes_of(index)[: int(requests.num_prompt_hashes[index])]
+    seeds = np.array([seed], np.uint64)
+    blocks = random_tokens(pair_hash(seeds, shared), requests.hash_block_size, vocab_size).ravel()
+    own = pair_hash(pair_hash(seeds, np.zeros(1, np.uint64)), np.array([index], np.uint64))
+    rest = random_tokens(own, int(requests.prompt_len[index]) - blocks.size, vocab_size).ravel()
+    return [*blocks.tolist(), *rest.tolist()]
 
 
 def _parse_lines(content: bytes, name: str, chat: bool) -> list[PromptItem]:

@@ -1,4 +1,4 @@
-"""Prompts load or fail by line number; arrivals have the law they claim."""
+"""Prompts load, or fail by line number."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from specdec.workload import (
     TASKS,
-    arrivals,
+    Requests,
     builtin_prompts,
     choose,
     load_prompts,
     prompt_items,
+    prompt_token_ids,
     synthetic_prompts,
 )
 
@@ -132,38 +133,6 @@ def test_files_without_prompts(tmp_path: Path):
         load_prompts(tmp_path / "missing.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("process", "cv", "expected_cv"), [("poisson", 1.0, 1.0), ("gamma", 3.0, 3.0), ("gamma", 0.3, 0.3)]
-)
-def test_gaps_have_the_mean_and_the_variation(process: str, cv: float, expected_cv: float):
-    times_s = arrivals(process, 200_000, np.random.default_rng(1), rate_per_s=4.0, cv=cv)
-    gaps_s = np.diff(times_s, prepend=0.0)
-    assert (gaps_s >= 0).all()
-    assert gaps_s.mean() == pytest.approx(0.25, rel=0.03)
-    assert gaps_s.std() / gaps_s.mean() == pytest.approx(expected_cv, rel=0.03)
-
-
-def test_arrivals_without_chance():
-    rng = np.random.default_rng(0)
-    assert arrivals("uniform", 3, rng, rate_per_s=2.0).tolist() == [0.5, 1.0, 1.5]
-    assert arrivals("all_at_once", 2, rng).tolist() == [0.0, 0.0]
-    assert arrivals("poisson", 0, rng, rate_per_s=1.0).shape == (0,)
-
-
-def test_arrivals_bad_input():
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="did you mean poisson"):
-        arrivals("poison", 3, rng, rate_per_s=1.0)
-    for rate_per_s in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="rate_per_s="):
-            arrivals("poisson", 3, rng, rate_per_s=rate_per_s)
-    for process, cv in (("gamma", 0.0), ("poisson", 2.0)):
-        with pytest.raises(ValueError, match="cv="):
-            arrivals(process, 3, rng, rate_per_s=1.0, cv=cv)
-    with pytest.raises(ValueError, match="num=-1"):
-        arrivals("uniform", -1, rng, rate_per_s=1.0)
-
-
 def test_synthetic_prompts():
     prompts = synthetic_prompts(3, 63, 17, np.random.default_rng(0))
     assert [len(prompt) for prompt in prompts] == [63] * 3
@@ -171,3 +140,25 @@ def test_synthetic_prompts():
     assert prompts == synthetic_prompts(3, 63, 17, np.random.default_rng(0))
     with pytest.raises(ValueError, match="length=0"):
         synthetic_prompts(1, 0, 17, np.random.default_rng(0))
+
+
+def test_prompts_share_what_their_hashes_say():
+    # Blocks of 4 tokens: requests 0 and 1 share two blocks, request 2 shares one; the third of 0 is no full block.
+    hashes = [11, 12, 11, 12, 13, 11, 99]
+    requests = Requests.build(
+        [0.0] * 3, [11, 13, 8], 1, hash_block_size=4, hash_start=[0, 2, 5, 7], hashes=hashes
+    )
+    prompts = [prompt_token_ids(requests, index, 1000) for index in range(3)]
+    assert [len(prompt) for prompt in prompts] == [11, 13, 8]
+    assert prompts[0][:8] == prompts[1][:8] and prompts[0][8:] != prompts[1][8:11]
+    assert prompts[0][:4] == prompts[2][:4] and prompts[0][4:8] != prompts[2][4:8]
+    assert {token for prompt in prompts for token in prompt} <= set(range(1000))
+    assert prompt_token_ids(requests, 0, 1000) == prompts[0] != prompt_token_ids(requests, 0, 1000, seed=1)
+
+
+def test_prompts_of_requests_without_hashes():
+    requests = Requests.build([0.0, 1.0], 63, 1)
+    first, second = (prompt_token_ids(requests, index, 50) for index in range(2))
+    assert len(first) == 63 and first != second
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        prompt_token_ids(requests, 0, 0)
