@@ -27,7 +27,7 @@ from sim.acceptance import AcceptanceModel
 from sim.step_features import StepCost, StepFeatures, features
 from specdec.scheduler import Request, StepLoop, StepOutcome, StepPlan
 from specdec.scheduler.plan import IntArray
-from specdec.trace import TraceWriter
+from specdec.trace import RequestRecord, TraceWriter
 
 MAX_STEPS_AHEAD = 256
 """Most steps that are drawn at once, which bounds memory."""
@@ -71,12 +71,14 @@ class _Steps(NamedTuple):
         costs: of each step.
         ends_s: when each ends.
         uniforms: float64 [M, R], what they were drawn with.
+        num_waiting: requests that wait, until one arrives in the last step.
     """
 
     accepted: IntArray
     costs: list[StepCost[float]]
     ends_s: list[float]
     uniforms: FloatArray
+    num_waiting: int
 
 
 class Replica:
@@ -92,6 +94,11 @@ class Replica:
         on_finish: called with each request that ends, at its end.
         trace: where every step is recorded.
         fast_forward: draw many steps at once where that is exact; the results are the same without.
+
+    Attributes:
+        now_s: end of the last step.
+        busy_s: seconds spent in steps.
+        num_steps, num_plans: steps taken, and how many of them were planned one by one.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class Replica:
         self.now_s = env.now
         self.busy_s = 0.0
         self.num_steps = 0
+        self.num_plans = 0
         self._seconds = cost_model.predict_scalar
         self._acceptance = acceptance
         self._seed = seed
@@ -124,6 +132,7 @@ class Replica:
         self._only_decodes = False
         self._is_idle = False
         self._is_ahead = False
+        self._is_stopped = False
         acceptance.bind(loop.config.max_num_seqs)
         self._process = env.process(self.run())
 
@@ -148,6 +157,18 @@ class Replica:
         if self._is_idle:
             self._wake()
 
+    def stop(self) -> list[SimRequest]:
+        """The replica fails: its step in progress is lost, nothing more happens here.
+
+        Returns:
+            What ran, in the order of admission, then what waited, in the order of the queue.
+        """
+        self._is_stopped = True
+        table, queue = self.loop.table, self.loop.queue
+        lost = [table.request(row) for row in table.active.tolist()]
+        lost += [queue.pop() for _ in range(len(queue))]
+        return [request for request in lost if isinstance(request, SimRequest)]
+
     def _wake(self) -> None:
         self._is_idle = self._is_ahead = False
         self._process.interrupt()
@@ -155,7 +176,7 @@ class Replica:
     def run(self) -> Process:
         """The main loop."""
         loop = self.loop
-        while True:
+        while not self._is_stopped:
             alike = self._steps_alike()
             plan = loop.begin(self.now_s)
             if plan.is_empty:
@@ -169,7 +190,8 @@ class Replica:
                 yield self.env.timeout(max(0.0, steps.ends_s[0] - self.env.now))
             else:
                 num_done = yield from self._sleep(steps)
-            self._commit(plan, steps, num_done)
+            if not self._is_stopped:
+                self._commit(plan, steps, num_done)
 
     def _steps_alike(self) -> int:
         """Steps from now whose plans are equal for certain; 1 says nothing."""
@@ -224,7 +246,8 @@ class Replica:
             uniforms = self._uniforms.peek(size)
             accepted = self._acceptance.draw(rows, plan.num_drafts, uniforms)
             cost = self._cost(plan, base)
-            return _Steps(accepted[None], [cost], [self.now_s + cost.total_s], uniforms[None])
+            waiting = self.loop.num_waiting
+            return _Steps(accepted[None], [cost], [self.now_s + cost.total_s], uniforms[None], waiting)
         # Each step emits at least one token, so a request ends within so many steps.
         num_steps = min(num_steps, int(self._left[rows].min()))
         uniforms = self._uniforms.peek(num_steps * size).reshape(num_steps, size)
@@ -240,7 +263,7 @@ class Replica:
             context += tokens
             end_s += costs[-1].total_s
             ends_s.append(end_s)
-        return _Steps(accepted[:num_steps], costs, ends_s, uniforms[:num_steps])
+        return _Steps(accepted[:num_steps], costs, ends_s, uniforms[:num_steps], self.loop.num_waiting)
 
     def _cost(self, plan: StepPlan, base: StepFeatures[float]) -> StepCost[float]:
         """Seconds of a step, with what the scheduler's options add to the cost model's or take from it."""
@@ -273,14 +296,17 @@ class Replica:
         loop.commit(plan, outcome, end_s)
         self.busy_s += end_s - self.now_s
         self.num_steps += num_done
+        self.num_plans += 1
         self.now_s = end_s
         if self._trace:
-            start_s = plan.now_s
-            waiting, running, free = loop.num_waiting, loop.num_running, loop.pool.num_free
-            self._trace.step(plan, outcome, start_s, end_s, running, waiting, free)
+            self._trace.step(
+                plan, outcome, plan.now_s, end_s, loop.num_running, loop.num_waiting, loop.pool.num_free
+            )
         for request in finished:
             assert isinstance(request, SimRequest)
             self._hashing.discard(request.request_id)
+            if self._trace:
+                self._trace.request(RequestRecord.of(request, loop.config.block_size))
             if self._on_finish:
                 self._on_finish(request)
 
@@ -328,8 +354,9 @@ class Replica:
             overhead_s=cost.overhead_s,
         )
         free = loop.pool.num_free - int(np.maximum(more, 0).sum())
-        running, waiting = loop.num_running, loop.num_waiting
-        self._trace.step(quiet, outcome, start_s, steps.ends_s[step], running, waiting, free)
+        self._trace.step(
+            quiet, outcome, start_s, steps.ends_s[step], loop.num_running, steps.num_waiting, free
+        )
 
 
 class _UniformStream:

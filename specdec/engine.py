@@ -338,7 +338,9 @@ class Engine:
             self._leave(job)
             del self._jobs[job.request.request_id]
             if self.trace:
-                self.trace.request(self._record(job))
+                positions = job.position_drafted.tolist(), job.position_accepted.tolist()
+                size = self.loop.config.block_size
+                self.trace.request(RequestRecord.of(job.request, size, job.finish_reason, *positions))
         return finished
 
     def _publish(self, job: Job, tokens: list[int], is_last: bool) -> None:
@@ -371,31 +373,6 @@ class Engine:
             tpot_s=decode_s / (len(output) - 1) if len(output) > 1 else math.nan,
             e2e_s=request.finish_s - request.arrival_s,
             logprobs=job.logprobs if job.params.logprobs is not None else None,
-        )
-
-    def _record(self, job: Job) -> RequestRecord:
-        request = job.request
-        return RequestRecord(
-            request_id=request.request_id,
-            task=request.task,
-            arrival_s=request.arrival_s,
-            first_scheduled_s=request.first_scheduled_s,
-            first_token_s=request.first_token_s,
-            finish_s=request.finish_s,
-            prompt_len=request.prompt_len,
-            num_generated=request.num_generated,
-            num_steps=request.num_steps,
-            num_drafted=request.num_drafted,
-            num_accepted=request.num_accepted,
-            num_rejected=request.num_rejected,
-            num_cached=request.num_cached,
-            num_preemptions=request.num_preemptions,
-            finish_reason=job.finish_reason,
-            max_tokens=request.max_tokens,
-            priority=request.priority,
-            deadline_s=request.deadline_s,
-            position_drafted=job.position_drafted.tolist(),
-            position_accepted=job.position_accepted.tolist(),
         )
 
     def abandon(self) -> None:

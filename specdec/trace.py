@@ -24,9 +24,12 @@ import numpy as np
 import polars as pl
 
 from specdec.scheduler.plan import StepOutcome, StepPlan
+from specdec.scheduler.request import Request
 
 _INTS = pl.List(pl.Int64)
 _BOOLS = pl.List(pl.Boolean)
+_HASHES = pl.List(pl.UInt64)
+Hashes = list[int]
 _STEP_SCALARS: dict[str, Any] = {
     "step": pl.Int64,
     "start_s": pl.Float64,
@@ -75,7 +78,7 @@ STEP_SCHEMA: dict[str, Any] = _STEP_SCALARS | {
     "swapped_out_blocks": _INTS,
     "swapped_in": _INTS,
     "hashed_rows": _INTS,
-    "block_hashes": pl.List(pl.UInt64),
+    "block_hashes": _HASHES,
 }
 
 
@@ -84,7 +87,8 @@ class RequestRecord:
     """One finished request; times in seconds on the run's clock.
 
     ``num_rejected`` counts the first rejection of a step only: what was drafted behind it was never judged.
-    Entry j of ``position_drafted`` and ``position_accepted`` counts draft token j + 1 of a step.
+    Entry j of ``position_drafted`` and ``position_accepted`` counts draft token j + 1 of a step. ``prompt_hashes``
+    name the full blocks of the prompt, for a replay of prefix hits.
     """
 
     request_id: int
@@ -107,9 +111,43 @@ class RequestRecord:
     deadline_s: float
     position_drafted: list[int]
     position_accepted: list[int]
+    prompt_hashes: Hashes
+
+    @staticmethod
+    def of(
+        request: Request,
+        block_size: int,
+        finish_reason: str = "stop",
+        position_drafted: Sequence[int] = (),
+        position_accepted: Sequence[int] = (),
+    ) -> RequestRecord:
+        """The record of a request that the scheduler has finished, with blocks of ``block_size`` tokens."""
+        return RequestRecord(
+            request_id=request.request_id,
+            task=request.task,
+            arrival_s=request.arrival_s,
+            first_scheduled_s=request.first_scheduled_s,
+            first_token_s=request.first_token_s,
+            finish_s=request.finish_s,
+            prompt_len=request.prompt_len,
+            num_generated=request.num_generated,
+            num_steps=request.num_steps,
+            num_drafted=request.num_drafted,
+            num_accepted=request.num_accepted,
+            num_rejected=request.num_rejected,
+            num_cached=request.num_cached,
+            num_preemptions=request.num_preemptions,
+            finish_reason=finish_reason,
+            max_tokens=request.max_tokens,
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+            position_drafted=list(position_drafted),
+            position_accepted=list(position_accepted),
+            prompt_hashes=request.block_hashes[: request.prompt_len // block_size],
+        )
 
 
-_TYPES = {"int": pl.Int64, "float": pl.Float64, "str": pl.String, "list[int]": _INTS}
+_TYPES = {"int": pl.Int64, "float": pl.Float64, "str": pl.String, "list[int]": _INTS, "Hashes": _HASHES}
 REQUEST_SCHEMA: dict[str, Any] = {item.name: _TYPES[str(item.type)] for item in fields(RequestRecord)}
 _StepEntry = tuple[StepPlan, StepOutcome, float, float, int, int, int]
 

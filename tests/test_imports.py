@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ["scheduler", "trace", "metrics", "workload"]
-ARRAYS = {"numpy", "polars", "scipy", "simpy"}
+ARRAYS = {"numpy", "polars", "scipy", "simpy", "yaml", "ddsketch"}
 
 
 def sources(path: Path) -> list[Path]:

@@ -149,8 +149,14 @@ class StepLoop:
             )
 
     def submit(self, request: Request) -> None:
-        """Queue ``request``; see :meth:`check` for the errors."""
+        """Queue ``request``; see :meth:`check` for the errors.
+
+        Its ``num_swapped`` may say that so many of its first tokens have their KV in host memory already, as after
+        a prefill elsewhere. That KV counts as swapped out, whatever ``num_swap_blocks`` is.
+        """
         self.check(request)
+        if request.num_swapped:
+            self._num_swapped_blocks += self.pool.blocks_for(request.num_swapped)
         request.state = RequestState.WAITING
         self.queue.push(request)
 

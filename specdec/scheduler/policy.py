@@ -49,7 +49,9 @@ def order_key(order: str, ageing_s: float = math.inf) -> Callable[[Request], Ord
     if ageing_s == math.inf:
         return ORDERS[order]
     if order != "priority":
-        raise ValueError(f"ageing_s={ageing_s} was given, but only the order 'priority' has it, not {order!r}")
+        raise ValueError(
+            f"ageing_s={ageing_s} was given, but only the order 'priority' has it, not {order!r}"
+        )
     return lambda r: (r.priority + r.arrival_s / ageing_s, r.arrival_s)
 
 

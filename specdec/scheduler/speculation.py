@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specdec.names import unknown_name
 from specdec.scheduler.plan import IntArray, LongArray
@@ -103,6 +104,94 @@ class Adaptive:
         return np.where(probe, np.int32(min(1, self.max_drafts)), best)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadThreshold:
+    """The same number of drafts for every row while at most ``max_running`` requests run, none beyond."""
+
+    max_drafts: int = 4
+    max_running: int = 16
+    is_constant: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        _check_max_drafts(self.max_drafts)
+        if self.max_running < 0:
+            raise ValueError(f"max_running={self.max_running} must be >= 0 (0 turns speculation off)")
+
+    def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
+        return np.full(rows.size, self.max_drafts if rows.size <= self.max_running else 0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Over the whole batch, the drafts that maximise expected tokens per second.
+
+    A row's draft j is worth its survival α^j, the chance that it is accepted. Drafts are admitted in falling
+    order of worth, and of all so many the number is taken at which (rows + sum of worths) / step time is
+    largest. Step times have plateaus, so the objective has several maxima: all numbers and all longest drafts
+    are tried, which finds the best of all combinations.
+
+    Args:
+        max_drafts: most drafts of a row.
+        step_tokens, step_s: seconds of the target's step at so many tokens, rising; linear between, and beyond
+            the last with its slope. They are those of the running device.
+        draft_step_s: seconds of one pass of the drafter.
+        prior_accepted, prior_rejected: pseudo-counts of a row's acceptance rate.
+    """
+
+    max_drafts: int = 8
+    step_tokens: tuple[float, ...] = ()
+    step_s: tuple[float, ...] = ()
+    draft_step_s: float = 0.0
+    prior_accepted: float = 2.0
+    prior_rejected: float = 1.0
+    is_constant: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        _check_max_drafts(self.max_drafts)
+        tokens, seconds = self.step_tokens, self.step_s
+        if len(tokens) < 2 or len(tokens) != len(seconds):
+            raise ValueError(
+                f"goodput needs step times: step_tokens has {len(tokens)} entries and step_s {len(seconds)}, give at "
+                "least two of each, measured or from a cost model"
+            )
+        if not all(np.diff(tokens) > 0) or not all(np.diff(seconds) >= 0) or tokens[0] < 1 or seconds[0] <= 0:
+            raise ValueError("step_tokens must rise from >= 1, and step_s > 0 must not fall")
+        if not 0.0 <= self.draft_step_s < float("inf"):
+            raise ValueError(f"draft_step_s={self.draft_step_s} must be finite seconds >= 0")
+        for name in ("prior_accepted", "prior_rejected"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number > 0")
+
+    def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
+        decoding = np.flatnonzero(table.num_known[rows] - table.num_computed[rows] == 1)
+        counts = np.zeros(rows.size, np.int32)
+        if decoding.size == 0 or self.max_drafts == 0:
+            return counts
+        some = rows[decoding]
+        accepted = table.num_accepted[some] + self.prior_accepted
+        alpha = accepted / (accepted + table.num_rejected[some] + self.prior_rejected)
+        lengths = np.arange(1, self.max_drafts + 1)
+        worth = (alpha[:, None] ** lengths).ravel()
+        length = np.tile(lengths, decoding.size)
+        order = np.lexsort((length, -worth))
+        target_s = self._seconds(np.arange(decoding.size, decoding.size + order.size + 1))
+        best_rate, chosen = decoding.size / target_s[0], order[:0]
+        for longest in range(1, self.max_drafts + 1):  # the drafter's time depends on the longest draft alone
+            allowed = order[length[order] <= longest]
+            tokens = decoding.size + np.cumsum(worth[allowed])
+            rates = tokens / (target_s[1 : allowed.size + 1] + self.draft_step_s * longest)
+            place = int(np.argmax(rates))
+            if rates[place] > best_rate:
+                best_rate, chosen = rates[place], allowed[: place + 1]
+        counts[decoding] = np.bincount(chosen // self.max_drafts, minlength=decoding.size)
+        return counts
+
+    def _seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        known, seconds = self.step_tokens, self.step_s
+        slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
+        return np.interp(tokens, known, seconds) + slope * np.maximum(tokens - known[-1], 0.0)
+
+
 def fit_drafts(num_drafts: IntArray, budget: int) -> IntArray:
     """Cut drafts to a total of ``budget``, the longest first, so that all rows keep an even share."""
     total = int(num_drafts.sum())
@@ -126,6 +215,8 @@ CONTROLLERS: dict[str, Callable[..., SpeculationController]] = {
     "off": Off,
     "fixed": Fixed,
     "adaptive": Adaptive,
+    "load_threshold": LoadThreshold,
+    "goodput": Goodput,
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from specdec.scheduler import (
@@ -100,25 +98,4 @@ def _outcome(plan: StepPlan, loop: StepLoop, alpha: float, rng: np.random.Genera
 
 
 def record_of(request: Request) -> RequestRecord:
-    return RequestRecord(
-        request_id=request.request_id,
-        task=request.task,
-        arrival_s=request.arrival_s,
-        first_scheduled_s=request.first_scheduled_s,
-        first_token_s=request.first_token_s,
-        finish_s=request.finish_s,
-        prompt_len=request.prompt_len,
-        num_generated=request.num_generated,
-        num_steps=request.num_steps,
-        num_drafted=request.num_drafted,
-        num_accepted=request.num_accepted,
-        num_rejected=request.num_rejected,
-        num_cached=request.num_cached,
-        num_preemptions=request.num_preemptions,
-        finish_reason="length",
-        max_tokens=request.max_tokens,
-        priority=request.priority,
-        deadline_s=math.inf,
-        position_drafted=[3, 2],
-        position_accepted=[2, 0],
-    )
+    return RequestRecord.of(request, BLOCK_SIZE, "length", [3, 2], [2, 0])

@@ -11,7 +11,7 @@ from specdec.scheduler import ORDERS, SchedulerConfig, make_controller, make_pol
 from tests.scheduler.traffic import Driver, Traffic
 
 POLICY_NAMES = ("static", "dynamic", "continuous", "chunked")
-CONTROLLER_NAMES = ("off", "fixed", "adaptive")
+CONTROLLER_NAMES = ("off", "fixed", "adaptive", "load_threshold", "goodput")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def configs(draw: st.DrawFn, policy: str, order: str, longest: int) -> Scheduler
     block_size = draw(st.integers(1, 4))
     fewest_blocks = -(-longest // block_size)
     max_num_seqs = draw(st.integers(1, 6))
+    num_swap_blocks = draw(st.sampled_from((0, 0, 3, 50)))
     least_budget = max_num_seqs if policy == "chunked" else max(longest, max_num_seqs)
     return SchedulerConfig(
         max_num_seqs=max_num_seqs,
@@ -46,6 +47,10 @@ def configs(draw: st.DrawFn, policy: str, order: str, longest: int) -> Scheduler
         prefix_caching=draw(st.sampled_from((True, True, True, False))),
         watermark=draw(st.sampled_from((0.0, 0.1, 0.5))),
         order=order,
+        ageing_s=draw(st.sampled_from((float("inf"), 0.05))) if order == "priority" else float("inf"),
+        preemption="swap" if num_swap_blocks else "recompute",
+        num_swap_blocks=num_swap_blocks,
+        num_scheduler_steps=draw(st.sampled_from((1, 1, 1, 3))),
     )
 
 
@@ -78,11 +83,18 @@ def scenarios(
     controller = draw(st.sampled_from(controllers))
     traffic = draw(traffics(ends_early=ends_early))
     config = draw(configs(policy, order, traffic.max_prompt + traffic.max_tokens))
-    policy_options = {"window_s": draw(st.sampled_from((0.0, 0.02, 0.2)))} if policy == "dynamic" else {}
+    policy_options: dict[str, Any] = {"decode_first": draw(st.sampled_from((None, True, False)))}
+    if policy == "dynamic":
+        policy_options["window_s"] = draw(st.sampled_from((0.0, 0.02, 0.2)))
     controller_options: dict[str, Any] = {}
     if controller != "off":
         controller_options["max_drafts"] = draw(st.integers(0, 6))
     if controller == "adaptive":
         controller_options["cost_ratio"] = draw(st.sampled_from((0.05, 0.5, 2.0)))
         controller_options["probe_every"] = draw(st.integers(1, 4))
+    if controller == "load_threshold":
+        controller_options["max_running"] = draw(st.integers(0, 4))
+    if controller == "goodput":
+        controller_options |= {"step_tokens": (1, 8, 9, 40), "step_s": (1.0, 1.1, 1.6, 4.0)}
+        controller_options["draft_step_s"] = draw(st.sampled_from((0.0, 0.02, 1.0)))
     return Scenario(config, policy, policy_options, controller, controller_options, traffic)

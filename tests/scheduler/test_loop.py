@@ -113,12 +113,13 @@ def test_the_random_traffic_reaches_every_mechanism() -> None:
     counts: Counter[str] = Counter()
     for seed in range(80):
         config = SchedulerConfig(
-            max_num_seqs=4, max_num_batched_tokens=32, num_blocks=12, block_size=3, max_model_len=28
-        )
+            max_num_seqs=4, max_num_batched_tokens=32, num_blocks=12, block_size=3, max_model_len=28,
+            **({"preemption": "swap", "num_swap_blocks": 9} if seed % 3 == 0 else {}),
+        )  # fmt: skip
         traffic = Traffic(seed=seed, num_requests=12, max_prompt=14, max_tokens=14)
         policy = make_policy(POLICY_NAMES[seed % 4])
         counts += Driver(config, policy, make_controller("fixed", max_drafts=3), traffic).run().counts
-    for name in ("preempted", "cached", "copied", "evicted", "promised"):
+    for name in ("preempted", "swapped", "cached", "copied", "evicted", "promised"):
         assert counts[name] >= 20, f"{name}: {counts[name]}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -93,6 +95,74 @@ def test_adaptive_judges_each_request_by_itself() -> None:
     assert lengths[0] > 2 and lengths[1] == 0
 
 
+def test_the_load_threshold_turns_drafting_off_beyond_it() -> None:
+    controller = make_controller("load_threshold", max_drafts=3, max_running=2)
+    for size, expected in ((1, 3), (2, 3), (3, 0)):
+        table = a_table([(0, 0)] * size)
+        assert controller.num_drafts(table, table.active, 0.0).tolist() == [expected] * size
+
+
+PLATEAUS = {"step_tokens": (1, 4, 5, 8, 9, 16), "step_s": (1.0, 1.02, 1.4, 1.42, 2.2, 2.3)}
+
+
+@REPEATABLE
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=3),
+    st.sampled_from((0.0, 0.03, 0.4)),
+)
+def test_goodput_finds_the_best_of_all_combinations_of_lengths(
+    counts: list[tuple[int, int]], draft_step_s: float
+) -> None:
+    """Brute force over every number of drafts of every row, on step times with plateaus and cliffs."""
+    controller = make_controller("goodput", max_drafts=3, draft_step_s=draft_step_s, **PLATEAUS)
+    table = a_table(counts)
+
+    def per_second(lengths: tuple[int, ...]) -> float:
+        alphas = [(accepted + 2) / (accepted + rejected + 3) for accepted, rejected in counts]
+        tokens = sum(sum(a**j for j in range(k + 1)) for a, k in zip(alphas, lengths, strict=True))
+        seconds = np.interp(len(counts) + sum(lengths), PLATEAUS["step_tokens"], PLATEAUS["step_s"])
+        return tokens / (seconds + draft_step_s * max(lengths))
+
+    chosen = tuple(controller.num_drafts(table, table.active, 0.0).tolist())
+    best = max(per_second(lengths) for lengths in itertools.product(range(4), repeat=len(counts)))
+    assert per_second(chosen) >= best * (1.0 - 1e-12)
+
+
+def test_goodput_drafts_less_the_fuller_the_batch() -> None:
+    controller = make_controller(
+        "goodput", max_drafts=4, step_tokens=(1.0, 32.0, 256.0), step_s=(0.01, 0.0102, 0.08)
+    )
+    lengths = []
+    for size in (1, 4, 8, 16, 32, 64):
+        table = a_table([(20, 8)] * size)
+        lengths.append(controller.num_drafts(table, table.active, 0.0).mean())
+    assert lengths[0] == 4 and lengths[-1] == 0
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_goodput_ignores_rows_that_compute_their_prompt() -> None:
+    table = a_table([(20, 1), (20, 1)])
+    table.num_computed[1] = table.num_known[1] - 2
+    lengths = make_controller("goodput", max_drafts=2, **PLATEAUS).num_drafts(table, table.active, 0.0)
+    assert lengths.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "goodput needs step times: step_tokens has 0 entries"),
+        ({"step_tokens": (1, 2), "step_s": (1.0,)}, "step_s 1"),
+        ({"step_tokens": (2, 1), "step_s": (1.0, 2.0)}, "must rise"),
+        ({"step_tokens": (1, 2), "step_s": (2.0, 1.0)}, "must not fall"),
+        ({**PLATEAUS, "draft_step_s": -1.0}, "draft_step_s=-1.0"),
+        ({**PLATEAUS, "prior_rejected": 0.0}, "prior_rejected=0.0"),
+    ],
+)
+def test_goodput_options_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_controller("goodput", **options)
+
+
 @REPEATABLE
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 60))
 def test_drafts_are_cut_to_the_budget_longest_first(wanted: list[int], budget: int) -> None:
@@ -105,7 +175,7 @@ def test_drafts_are_cut_to_the_budget_longest_first(wanted: list[int], budget: i
         assert cut.max() - cut[shortened].min() <= 1, "somebody keeps more than an even share"
 
 
-@pytest.mark.parametrize("name", ["fixed", "adaptive"])
+@pytest.mark.parametrize("name", ["fixed", "adaptive", "load_threshold", "goodput"])
 def test_a_negative_number_of_drafts(name: str) -> None:
     with pytest.raises(ValueError, match=r"k=-1 must be >= 0 \(0 turns speculation off\)"):
         make_controller(name, max_drafts=-1)

@@ -110,8 +110,8 @@ class Driver:
 
     Attributes:
         plans, outcomes: of every step that was not empty.
-        counts: how often something happened: preempted, cached (prefix-hit tokens), copied, evicted, waited
-            (empty plans), promised (steps that ``horizon`` had foretold before the step ahead of them).
+        counts: how often something happened: preempted, swapped (back in), cached (prefix-hit tokens), copied,
+            evicted, waited (empty plans), promised (steps that ``horizon`` had foretold before the step ahead of them).
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class Driver:
         self._names_of_hash: dict[int, list[int]] = {}
         self._num_submitted = 0
         self._promised = 0
+        self._host: dict[int, list[int]] = {}
         for job in self.jobs:
             self._prepare(job)
 
@@ -194,6 +195,7 @@ class Driver:
         if plan.is_empty:
             self._wait(plan)
             return plan
+        self._swap(plan)
         self._copy(plan)
         outcome = self._execute(plan)
         self.now_s += 0.01
@@ -222,6 +224,7 @@ class Driver:
             job = alive[int(self.rng.integers(len(alive)))]
             self.loop.cancel(job.request.request_id)
             job.request.state, job.cancelled = RequestState.FINISHED, True
+            self._host.pop(job.request.request_id, None)
             self._promised = 0
             self._check_pool()
 
@@ -284,6 +287,23 @@ class Driver:
         if self._promised or horizon:
             assert plan.admitted.size == plan.preempted.size == 0 and not plan.is_empty, "horizon broke"
         self._promised = max(self._promised - 1, horizon - 1, 0)
+
+    def _swap(self, plan: StepPlan) -> None:
+        """KV to and from host memory, which never holds more than it may."""
+        size, used = self.config.block_size, 0
+        for request_id in plan.swapped_out.tolist():
+            count = -(-self.jobs[request_id].request.num_swapped // size)
+            blocks = plan.swapped_out_blocks[used : used + count]
+            self._host[request_id], used = self._slots[blocks].ravel().tolist(), used + count
+        assert used == plan.swapped_out_blocks.size
+        cached = dict(zip(plan.admitted.tolist(), plan.num_cached.tolist(), strict=True))
+        rows = dict(zip(plan.request_ids.tolist(), plan.rows.tolist(), strict=True))
+        for request_id in plan.swapped_in.tolist():
+            content = self._host.pop(request_id)
+            blocks = self.loop.table.blocks(rows[request_id])[: -(-cached[request_id] // size)]
+            self._slots[blocks] = np.array(content).reshape(-1, size)
+        self.counts["swapped"] += plan.swapped_in.size
+        assert sum(map(len, self._host.values())) <= self.config.num_swap_blocks * size
 
     def _copy(self, plan: StepPlan) -> None:
         sources, targets = plan.copies.T
