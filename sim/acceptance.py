@@ -38,6 +38,11 @@ _TIE = 1.0 - 2.0**-51
 class AcceptanceModel(Protocol):
     """Rows are unique within a call, uniforms in [0, 1). Only ``advance`` changes what is drawn next."""
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether all steps of all requests follow one law, independently of each other."""
+        ...
+
     def bind(self, max_rows: int) -> None:
         """Make room for the rows 0 … max_rows − 1 of a request table."""
 
@@ -65,6 +70,8 @@ class AcceptanceModel(Protocol):
 
 class _Memoryless:
     """A model whose steps are independent; ``law`` is the survival where nothing else is known of a request."""
+
+    is_alike = False
 
     def __init__(self, law: FloatArray) -> None:
         self.law = law
@@ -110,6 +117,8 @@ class _RowAlpha(_Memoryless):
 class ConstantAcceptance(_RowAlpha):
     """Every draft is accepted with probability ``alpha`` if those before it were."""
 
+    is_alike = True
+
     def __init__(self, alpha: float) -> None:
         super().__init__(_survival([alpha], "alpha"))
         self.alpha = float(alpha)
@@ -128,7 +137,7 @@ class BetaAcceptance(_RowAlpha):
     def __init__(self, mean: float, concentration: float) -> None:
         super().__init__(beta_survival(mean, concentration, MAX_DRAFTS))
         self.mean, self.concentration = float(mean), float(concentration)
-        self._noise = _RequestNoise()
+        self._noise = RequestNoise()
 
     def alpha_of(self, request_id: int, task: str, seed: int) -> float:
         if self.mean in (0.0, 1.0):
@@ -181,6 +190,8 @@ class _Tabulated(_Memoryless):
 class PositionalAcceptance(_Tabulated):
     """Rates by position, c_j = P(draft j is accepted | all before it were); the last serves all later ones."""
 
+    is_alike = True
+
     def __init__(self, rates: Sequence[float]) -> None:
         super().__init__(_survival(rates, "rates")[None])
 
@@ -191,6 +202,8 @@ class TreeAcceptance(_Tabulated):
     ``num_drafts`` caps the depth, so with the size of the whole tree it has no effect. See
     :func:`sim.closed_form.tree_survival` for the arguments and errors.
     """
+
+    is_alike = True
 
     def __init__(self, parents: Sequence[int], ranks: Sequence[int], rank_rates: ArrayLike) -> None:
         law = tree_survival(parents, ranks, rank_rates)
@@ -235,7 +248,7 @@ class MarkovAcceptance(_Tabulated):
         is_switch = self._lowest < np.take_along_axis(ends, self._counts, axis=1)
         here = np.array([[0], [self._lowest.size]])
         self._next_cells = np.where(is_switch, here[::-1], here)
-        self._noise = _RequestNoise()
+        self._noise = RequestNoise()
 
     def enter(self, row: int, request_id: int, task: str, seed: int) -> None:
         is_good = self._noise.at(seed, request_id).random() < self.share_good
@@ -270,6 +283,8 @@ class TaskAcceptance:
         models: by task, each a model or the options of :func:`make_acceptance` for one, its ``name`` included.
         default: for the tasks not named.
     """
+
+    is_alike = False
 
     def __init__(self, models: Mapping[str, ModelOrOptions], default: ModelOrOptions) -> None:
         built = [make_acceptance(**m) if isinstance(m, Mapping) else m for m in (default, *models.values())]
@@ -360,15 +375,19 @@ def _merge(tasks: Sequence[str], models: Sequence[AcceptanceModel]) -> Acceptanc
     return None
 
 
-class _RequestNoise:
-    """A generator that starts afresh for each (seed, request), several times faster than making one."""
+class RequestNoise:
+    """A generator that starts afresh for each (seed, request), several times faster than making one.
 
-    def __init__(self) -> None:
+    Args:
+        tag: tells independent uses of the same seed apart, in [0, 2**64).
+    """
+
+    def __init__(self, tag: int = 0xACCE97) -> None:
         self._bits = np.random.Philox(key=0)
         self._generator = np.random.Generator(self._bits)
         self._start = self._bits.state
         # Clear of the low counters, where another user of Philox with the same key would begin.
-        self._start["state"]["counter"][3] = 0xACCE97
+        self._start["state"]["counter"][3] = tag
 
     def at(self, seed: int, request_id: int) -> np.random.Generator:
         self._start["state"]["key"][:] = seed, request_id

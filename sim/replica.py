@@ -24,13 +24,16 @@ import simpy
 from numpy.typing import NDArray
 
 from sim.acceptance import AcceptanceModel
+from sim.futures import Flights, Futures, Luck
 from sim.step_features import StepCost, StepFeatures, features
-from specdec.scheduler import Request, StepLoop, StepOutcome, StepPlan
+from specdec.scheduler import Cruise, CruisePlan, Ended, Request, StepLoop, StepOutcome, StepPlan
 from specdec.scheduler.plan import IntArray
 from specdec.trace import RequestRecord, TraceWriter
 
 MAX_STEPS_AHEAD = 256
 """Most steps that are drawn at once, which bounds memory."""
+
+_SHORT_CRUISE = 8  # one that ends sooner was not worth its beginning: so many steps are taken before the next
 
 FloatArray = NDArray[np.float64]
 Process = Generator[simpy.Event, Any, None]
@@ -50,9 +53,11 @@ class SimRequest(Request):
 
     Args:
         output_len: tokens after which the model ends its answer; the scheduler sees ``max_tokens`` only.
+        luck: the drafts that it will accept; the replica draws it.
     """
 
     output_len: int
+    luck: Luck | None = None
 
     def __post_init__(self) -> None:
         Request.__post_init__(self)
@@ -70,14 +75,12 @@ class _Steps(NamedTuple):
         accepted: int32 [M, R].
         costs: of each step.
         ends_s: when each ends.
-        uniforms: float64 [M, R], what they were drawn with.
         num_waiting: requests that wait, until one arrives in the last step.
     """
 
     accepted: IntArray
     costs: list[StepCost[float]]
     ends_s: list[float]
-    uniforms: FloatArray
     num_waiting: int
 
 
@@ -120,20 +123,21 @@ class Replica:
         self.num_steps = 0
         self.num_plans = 0
         self._seconds = cost_model.predict_scalar
-        self._acceptance = acceptance
-        self._seed = seed
         self._swap_block_s = swap_block_s
         self._on_finish = on_finish
         self._trace = trace
         self._fast_forward = fast_forward and loop.speculation.is_constant
-        self._left = np.zeros(loop.config.max_num_seqs, np.int32)
-        self._uniforms = _UniformStream(seed)
+        max_rows = loop.config.max_num_seqs
+        self._left = np.zeros(max_rows, np.int32)
+        self._futures = Futures(acceptance, max_rows, loop.speculation.max_drafts, seed)
+        self._cruise = Cruise(loop)
+        self._flights = Flights(loop, self._futures, self._left)
+        self._cruise_from = 0 if self._fast_forward and trace is None else 1 << 62
         self._hashing: set[int] = set()  # running requests whose output has block hashes
         self._only_decodes = False
         self._is_idle = False
         self._is_ahead = False
         self._is_stopped = False
-        acceptance.bind(loop.config.max_num_seqs)
         self._process = env.process(self.run())
 
     @property
@@ -147,6 +151,7 @@ class Replica:
         Raises:
             ValueError: it can never run here; see ``StepLoop.check``.
         """
+        request.luck = self._futures.draw(request.request_id, request.task, request.output_len)
         self.loop.submit(request)
         if self._is_idle or self._is_ahead:
             self._wake()
@@ -175,23 +180,83 @@ class Replica:
 
     def run(self) -> Process:
         """The main loop."""
-        loop = self.loop
         while not self._is_stopped:
-            alike = self._steps_alike()
-            plan = loop.begin(self.now_s)
-            if plan.is_empty:
-                yield from self._rest(plan)
-                continue
-            if plan.admitted.size or plan.preempted.size:
-                self._enter(plan)
-            steps = self._execute(plan, alike)
-            num_done = len(steps.ends_s)
-            if num_done == 1:
-                yield self.env.timeout(max(0.0, steps.ends_s[0] - self.env.now))
+            if self.loop.next_step >= self._cruise_from and not self._hashing and self._cruise.enter():
+                yield from self._cruise_on()
             else:
-                num_done = yield from self._sleep(steps)
-            if not self._is_stopped:
-                self._commit(plan, steps, num_done)
+                yield from self._step()
+
+    def _step(self) -> Process:
+        """One plan, and as many steps as it provably holds for."""
+        alike = self._steps_alike()
+        plan = self.loop.begin(self.now_s)
+        if plan.is_empty:
+            yield from self._rest(plan)
+            return
+        for request_id in plan.preempted.tolist():
+            self._hashing.discard(request_id)
+        self._enter(plan.admitted.size)
+        steps = self._execute(plan, alike)
+        num_done = yield from self._sleep(steps.ends_s)
+        if not self._is_stopped:
+            self._commit(plan, steps, num_done)
+
+    def _cruise_on(self) -> Process:
+        """Steps of which the decoding rows are only counted, as long as the scheduler can say what they are."""
+        cruise, flights, loop = self._cruise, self._flights, self.loop
+        first = loop.next_step
+        for row in cruise.joined_at:
+            flights.start(row, first)
+        while not self._hashing:
+            plan = cruise.begin(self.now_s)
+            if plan is None:
+                break
+            self._enter(len(plan.admitted))
+            ends_s = self._flight_times(plan)
+            num_done = yield from self._sleep(ends_s)
+            if self._is_stopped:
+                return
+            if num_done > 1:
+                plan = cruise.skip(plan, num_done - 1, ends_s[num_done - 2])
+            self._advance(ends_s[num_done - 1], num_done)
+            self._land(plan)
+        flights.abort(cruise)
+        if loop.next_step < first + _SHORT_CRUISE:
+            self._cruise_from = loop.next_step + _SHORT_CRUISE
+
+    def _flight_times(self, plan: CruisePlan) -> list[float]:
+        """When this step ends, and those after it that are alike, up to the first in which a row ends."""
+        alike = min(self._cruise.steps_alike(plan), MAX_STEPS_AHEAD)
+        ends_s: list[float] = []
+        end_s = self.now_s
+        for step in range(plan.step, min(plan.step + alike, max(self._flights.next_end, plan.step) + 1)):
+            base = _flight_features(plan, self._flights.context_at(step))
+            cost = self._seconds(base)
+            if step % self.loop.config.num_scheduler_steps:
+                cost = cost._replace(overhead_s=0.0)
+            end_s += cost.total_s
+            ends_s.append(end_s)
+        return ends_s
+
+    def _land(self, plan: CruisePlan) -> None:
+        """Commit a step of the cruise: rows end, and prompts that are computed begin to decode."""
+        loop, flights = self.loop, self._flights
+        ended = flights.land(plan.step)
+        for row, _, _, emits in plan.chunks:
+            if emits:
+                self._left[row] -= 1
+                if not self._left[row]:
+                    request = loop.table.request(row)
+                    counts = request.num_drafted, request.num_accepted, request.num_rejected
+                    generated = int(loop.table.num_known[row] - loop.table.prompt_len[row]) + 1
+                    ended.append(Ended(row, generated, *counts, int(loop.table.num_steps[row]) + 1))
+        finished = [loop.table.request(end.row) for end in ended]
+        gone = {end.row for end in ended}
+        self._cruise.commit(plan, ended, self.now_s)
+        for row, _, _, emits in plan.chunks:
+            if emits and row not in gone:
+                flights.start(row, plan.step + 1)
+        self._finish(finished)
 
     def _steps_alike(self) -> int:
         """Steps from now whose plans are equal for certain; 1 says nothing."""
@@ -210,9 +275,12 @@ class Replica:
         except simpy.Interrupt:
             self.now_s = max(self.now_s, self.env.now)
 
-    def _sleep(self, steps: _Steps) -> Generator[simpy.Event, Any, int]:
+    def _sleep(self, ends_s: list[float]) -> Generator[simpy.Event, Any, int]:
         """Until the steps are over or somebody arrives; how many steps happened."""
-        env, ends_s = self.env, steps.ends_s
+        env = self.env
+        if len(ends_s) == 1:
+            yield env.timeout(max(0.0, ends_s[0] - env.now))
+            return 1
         self._is_ahead = True
         try:
             yield env.timeout(max(0.0, ends_s[-1] - env.now))
@@ -224,16 +292,14 @@ class Replica:
             yield env.timeout(max(0.0, ends_s[num_done - 1] - env.now))
             return num_done
 
-    def _enter(self, plan: StepPlan) -> None:
-        """Load the rows of newcomers; forget who was preempted."""
+    def _enter(self, num_admitted: int) -> None:
+        """Load the rows of newcomers, the last so many of the table."""
         table, size = self.loop.table, self.loop.config.block_size
-        for request_id in plan.preempted.tolist():
-            self._hashing.discard(request_id)
-        for row in table.active[table.active.size - plan.admitted.size :].tolist():
+        for row in table.active[len(table) - num_admitted :].tolist():
             request = table.request(row)
-            assert isinstance(request, SimRequest)
+            assert isinstance(request, SimRequest) and request.luck
             self._left[row] = request.output_len - request.num_generated
-            self._acceptance.enter(row, request.request_id, request.task, self._seed)
+            self._futures.enter(row, request.luck, request.output_len)
             if len(request.block_hashes) > request.prompt_len // size:
                 self._hashing.add(request.request_id)
 
@@ -243,15 +309,12 @@ class Replica:
         base = features(plan)
         self._only_decodes = base.prefill_tokens == 0
         if num_steps == 1:
-            uniforms = self._uniforms.peek(size)
-            accepted = self._acceptance.draw(rows, plan.num_drafts, uniforms)
+            accepted = self._futures.at(rows, self.loop.table.num_steps[rows], plan.num_drafts)
             cost = self._cost(plan, base)
-            waiting = self.loop.num_waiting
-            return _Steps(accepted[None], [cost], [self.now_s + cost.total_s], uniforms[None], waiting)
+            return _Steps(accepted[None], [cost], [self.now_s + cost.total_s], self.loop.num_waiting)
         # Each step emits at least one token, so a request ends within so many steps.
         num_steps = min(num_steps, int(self._left[rows].min()))
-        uniforms = self._uniforms.peek(num_steps * size).reshape(num_steps, size)
-        accepted = self._acceptance.draw_many(rows, plan.num_drafts, uniforms)
+        accepted = self._futures.ahead(rows, self.loop.table.num_steps[rows], plan.num_drafts, num_steps)
         emitted = np.cumsum(accepted + 1, axis=0)
         ended = (emitted >= self._left[rows]).any(axis=1)
         num_steps = int(ended.argmax()) + 1 if ended.any() else num_steps
@@ -263,7 +326,7 @@ class Replica:
             context += tokens
             end_s += costs[-1].total_s
             ends_s.append(end_s)
-        return _Steps(accepted[:num_steps], costs, ends_s, uniforms[:num_steps], self.loop.num_waiting)
+        return _Steps(accepted[:num_steps], costs, ends_s, self.loop.num_waiting)
 
     def _cost(self, plan: StepPlan, base: StepFeatures[float]) -> StepCost[float]:
         """Seconds of a step, with what the scheduler's options add to the cost model's or take from it."""
@@ -280,8 +343,6 @@ class Replica:
     def _commit(self, plan: StepPlan, steps: _Steps, num_done: int) -> None:
         """The first ``num_done`` of the steps happened."""
         loop, rows, accepted = self.loop, plan.rows, steps.accepted
-        self._uniforms.advance(num_done * rows.size)
-        self._acceptance.advance(rows, steps.uniforms[:num_done])
         for step in range(num_done - 1 if self._trace else 0):
             self._record_ahead(plan, steps, step)
         if num_done > 1:
@@ -294,19 +355,25 @@ class Replica:
         end_s = steps.ends_s[num_done - 1]
         finished = [loop.table.request(row) for row in rows[ended].tolist()]
         loop.commit(plan, outcome, end_s)
-        self.busy_s += end_s - self.now_s
-        self.num_steps += num_done
-        self.num_plans += 1
-        self.now_s = end_s
+        self._advance(end_s, num_done)
         if self._trace:
             self._trace.step(
                 plan, outcome, plan.now_s, end_s, loop.num_running, loop.num_waiting, loop.pool.num_free
             )
-        for request in finished:
+        self._finish(finished)
+
+    def _advance(self, end_s: float, num_steps: int) -> None:
+        self.busy_s += end_s - self.now_s
+        self.num_steps += num_steps
+        self.num_plans += 1
+        self.now_s = end_s
+
+    def _finish(self, requests: list[Request]) -> None:
+        for request in requests:
             assert isinstance(request, SimRequest)
             self._hashing.discard(request.request_id)
             if self._trace:
-                self._trace.request(RequestRecord.of(request, loop.config.block_size))
+                self._trace.request(RequestRecord.of(request, self.loop.config.block_size))
             if self._on_finish:
                 self._on_finish(request)
 
@@ -359,24 +426,32 @@ class Replica:
         )
 
 
-class _UniformStream:
-    """Uniforms in [0, 1), looked at before they are used up."""
-
-    _BLOCK = 1 << 15
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._values = self._rng.random(self._BLOCK)
-        self._used = 0
-
-    def peek(self, count: int) -> FloatArray:
-        """The next ``count``; the same ones again until :meth:`advance`."""
-        if self._used + count > self._values.size:
-            fresh = self._rng.random(max(self._BLOCK, count))
-            self._values = np.concatenate([self._values[self._used :], fresh])
-            self._used = 0
-        return self._values[self._used : self._used + count]
-
-    def advance(self, count: int) -> None:
-        """Use up ``count``."""
-        self._used += count
+def _flight_features(plan: CruisePlan, decode_context: int) -> StepFeatures[float]:
+    """What :func:`sim.step_features.features` says of the same step."""
+    rows, k = plan.num_decodes, plan.num_drafts
+    decode_tokens, draft_rows = rows * (1 + k), rows if k else 0
+    tokens = logits = decode_tokens
+    chunk, pairs = 0, 0.0
+    for _, context, new, emits in plan.chunks:
+        tokens += new
+        logits += emits
+        if new == 1 and emits:
+            rows += 1
+            decode_tokens += 1
+            decode_context += context
+        else:
+            chunk += new
+            pairs += new * (context + 0.5 * (new + 1.0))
+    steps = k if draft_rows else 0
+    return StepFeatures(
+        tokens,
+        logits,
+        rows,
+        decode_tokens,
+        decode_context,
+        chunk,
+        pairs,
+        steps,
+        draft_rows,
+        draft_rows * k,
+    )

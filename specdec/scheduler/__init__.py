@@ -9,6 +9,7 @@ somebody else's business: ``specdec.engine`` does it on a device, ``sim`` in vir
 """
 
 from specdec.scheduler.blocks import BlockPool, hash_blocks
+from specdec.scheduler.cruise import Cruise, CruisePlan, Ended
 from specdec.scheduler.loop import SchedulerConfig, StepLoop
 from specdec.scheduler.plan import StepOutcome, StepPlan
 from specdec.scheduler.policy import ORDERS, POLICIES, BatchPolicy, make_policy
@@ -22,6 +23,9 @@ __all__ = [
     "POLICIES",
     "BatchPolicy",
     "BlockPool",
+    "Cruise",
+    "CruisePlan",
+    "Ended",
     "Request",
     "RequestState",
     "RequestTable",

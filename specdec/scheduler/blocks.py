@@ -68,6 +68,11 @@ class BlockPool:
         """Blocks that can be allocated now; cached blocks count, they can be evicted."""
         return self._stack_size + len(self._cached)
 
+    @property
+    def num_empty(self) -> int:
+        """Free blocks that hold nothing: allocating these evicts no prefix."""
+        return self._stack_size
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
@@ -128,7 +133,7 @@ class BlockPool:
         """
         blocks = blocks.astype(np.int64)
         if not self.prefix_caching:  # then no block is shared
-            self.ref_counts[blocks] -= 1
+            self.ref_counts[blocks] = 0
             self._push(blocks[::-1])
             return
         counts = self.ref_counts[blocks] - 1

@@ -82,6 +82,10 @@ class SchedulerConfig:
 class StepLoop:
     """Plans and commits the steps of one replica.
 
+    Attributes:
+        next_step: number of the next plan.
+        num_swapped_blocks: KV blocks in host memory.
+
     Set ``draining`` once no request will be submitted any more: static batching then runs its last,
     partial batch.
 
@@ -103,8 +107,9 @@ class StepLoop:
             config.max_num_seqs, self.pool.blocks_for(config.max_model_len), config.block_size
         )
         self.queue = WaitingQueue(config.order, config.ageing_s)
-        self._step = 0
-        self._num_swapped_blocks = 0
+        self.next_step = 0
+        self.num_swapped_blocks = 0
+        self._longest_known = 0
         self._silent: dict[int, Request] = {}  # rows without a first token
         # Sliced instead of made anew in every step.
         self._ones = np.ones(config.max_num_seqs, np.int32)
@@ -156,8 +161,9 @@ class StepLoop:
         """
         self.check(request)
         if request.num_swapped:
-            self._num_swapped_blocks += self.pool.blocks_for(request.num_swapped)
+            self.num_swapped_blocks += self.pool.blocks_for(request.num_swapped)
         request.state = RequestState.WAITING
+        self._longest_known = max(self._longest_known, request.prompt_len + request.max_tokens)
         self.queue.push(request)
 
     def cancel(self, request_id: int) -> None:
@@ -168,7 +174,7 @@ class StepLoop:
             self._silent.pop(row, None)
         cancelled = self.queue.discard(request_id)
         if cancelled and cancelled.num_swapped:
-            self._num_swapped_blocks -= self.pool.blocks_for(cancelled.num_swapped)
+            self.num_swapped_blocks -= self.pool.blocks_for(cancelled.num_swapped)
 
     def begin(self, now_s: float) -> StepPlan:
         """Decide the next step. Every call is followed by :meth:`commit`, unless the plan is empty."""
@@ -180,9 +186,9 @@ class StepLoop:
         if self.policy.decode_first:
             budget = self._give_decodes(pending, new, drafts, budget)
         budget = self._give_prefills(pending, new, budget)
-        joined = _Joined()
-        if not left and self.queue:
-            budget = self._admit(now_s, budget, joined)
+        joined = Joined()
+        if not left and self.queue and self.may_admit_at(self.next_step):
+            budget = self.admit(now_s, budget, joined)
         if not self.policy.decode_first:
             self._give_decodes(pending, new, drafts, budget)
         if joined.requests:
@@ -195,7 +201,7 @@ class StepLoop:
         now_s: float,
         new: IntArray,
         drafts: IntArray,
-        joined: _Joined,
+        joined: Joined,
         left: list[Request],
         swapped: list[LongArray],
     ) -> StepPlan:
@@ -206,8 +212,8 @@ class StepLoop:
             rows, new, drafts = rows[scheduled], new[scheduled], drafts[scheduled]
         context = table.num_computed[rows]
         idle = rows.size == 0 and len(table) == 0 and len(self.queue) > 0
-        step = self._step
-        self._step += rows.size > 0
+        step = self.next_step
+        self.next_step += rows.size > 0
         came, went = joined.requests, [r for r in left if r.num_swapped]
         return StepPlan(
             step=step,
@@ -312,9 +318,9 @@ class StepLoop:
         blocks, computed = table.blocks(row).astype(np.int64), int(table.num_computed[row])
         request = table.remove(row)
         self._silent.pop(row, None)
-        if self._num_swapped_blocks + pool.blocks_for(computed) <= self.config.num_swap_blocks:
+        if self.num_swapped_blocks + pool.blocks_for(computed) <= self.config.num_swap_blocks:
             request.num_swapped = computed
-            self._num_swapped_blocks += pool.blocks_for(computed)
+            self.num_swapped_blocks += pool.blocks_for(computed)
             swapped.append(blocks[: pool.blocks_for(computed)])
         pool.release(blocks)
         request.state = RequestState.WAITING
@@ -348,16 +354,27 @@ class StepLoop:
                 break
         return budget
 
-    def _admit(self, now_s: float, budget: int, joined: _Joined) -> int:
+    def may_admit_at(self, step: int) -> bool:
+        """Whether requests may join in this step: with multi-step scheduling, a running batch opens now and then."""
+        return step % self.config.num_scheduler_steps == 0 or len(self.table) == 0
+
+    def most_blocks_admitted(self, budget: int) -> int:
+        """Blocks that suffice for whomever :meth:`admit` could let in with this token budget."""
+        if len(self.table) == 0:
+            return 0  # nobody else needs any, so what is free is known exactly
+        last = self.pool.blocks_for(budget + self._longest_known)
+        return last + self.config.max_num_seqs - len(self.table) + self._watermark_blocks
+
+    def admit(self, now_s: float, budget: int, joined: Joined) -> int:
         """Move requests from the queue to the table; the budget that is left."""
         policy, queue, table = self.policy, self.queue, self.table
-        if len(table) and self._step % self.config.num_scheduler_steps:
-            return budget
         if not policy.is_open(queue, len(table), self.config.max_num_seqs, self.draining, now_s):
             return budget
         while queue and not table.is_full and (budget > 0 or not policy.joins_running):
             request = queue.head
-            matched = [] if request.num_swapped else self.pool.match(self._known_hashes(request))
+            matched: list[int] = []
+            if self.config.prefix_caching and not request.num_swapped:
+                matched = self.pool.match(self._known_hashes(request))
             cached = min(len(matched) * self.config.block_size, request.num_known - 1)
             cached = request.num_swapped or cached
             tokens = request.num_known - cached
@@ -371,7 +388,7 @@ class StepLoop:
             if math.isnan(request.first_scheduled_s):
                 request.first_scheduled_s = now_s
             if request.num_swapped:
-                self._num_swapped_blocks -= self.pool.blocks_for(request.num_swapped)
+                self.num_swapped_blocks -= self.pool.blocks_for(request.num_swapped)
                 request.num_swapped = 0
                 joined.swapped_in.append(request)
             granted = min(tokens, budget) if tokens <= budget or policy.chunked_prefill else 0
@@ -422,7 +439,7 @@ class StepLoop:
         known = table.num_known[rows]
         if self._silent:
             for row in rows[(known == table.prompt_len[rows]) & plan.emits].tolist():
-                self._silent.pop(row).first_token_s = now_s
+                self.first_token(row, now_s)
         table.num_computed[rows] = plan.context + plan.num_new + accepted
         table.num_known[rows] = known + emitted
         if self.speculation.max_drafts:
@@ -433,10 +450,23 @@ class StepLoop:
         if self.config.prefix_caching:
             self._register_blocks(plan, outcome)
         for row in rows[outcome.finished].tolist():
-            self.pool.release(table.blocks(row))
-            request = table.remove(row)
-            request.state = RequestState.FINISHED
-            request.finish_s = now_s
+            self.finish(row, now_s)
+
+    def awaits_first_token(self, rows: LongArray) -> bool:
+        """Whether any of ``rows`` has not emitted yet."""
+        return any(row in self._silent for row in rows.tolist()) if self._silent else False
+
+    def first_token(self, row: int, now_s: float) -> None:
+        """``row`` emits; if it never did before, that was its first token."""
+        if row in self._silent:
+            self._silent.pop(row).first_token_s = now_s
+
+    def finish(self, row: int, now_s: float) -> None:
+        """The answer of ``row`` has ended."""
+        self.pool.release(self.table.blocks(row))
+        request = self.table.remove(row)
+        request.state = RequestState.FINISHED
+        request.finish_s = now_s
 
     def skip(
         self,
@@ -470,7 +500,7 @@ class StepLoop:
         if growing.size:
             blocks = self.pool.allocate(int(need[growing].sum()))
             table.append_blocks(rows[growing], need[growing], blocks)
-        self._step += num_steps
+        self.next_step += num_steps
         return plan._replace(step=plan.step + num_steps, now_s=now_s, context=context)
 
     def _register_blocks(self, plan: StepPlan, outcome: StepOutcome) -> None:
@@ -480,9 +510,15 @@ class StepLoop:
             table.request(row).block_hashes.append(value)
         full = table.num_computed[plan.rows] // self.config.block_size
         completed = full > table.num_registered[plan.rows]
-        for row, count in zip(plan.rows[completed].tolist(), full[completed].tolist(), strict=True):
-            start = int(table.num_registered[row])
-            hashes = table.request(row).block_hashes[start:count]
+        for row in plan.rows[completed].tolist():
+            self.register_blocks(row)
+
+    def register_blocks(self, row: int) -> None:
+        """Name the blocks of ``row`` that are full of computed tokens and whose hashes are known."""
+        table = self.table
+        start, stop = int(table.num_registered[row]), int(table.num_computed[row]) // self.config.block_size
+        hashes = table.request(row).block_hashes[start:stop]
+        if hashes:
             self.pool.register(table.block_table[row, start : start + len(hashes)].tolist(), hashes)
             table.num_registered[row] = start + len(hashes)
 
@@ -531,7 +567,7 @@ class StepLoop:
         return any(hashes[: len(known)] == known for known in own)
 
 
-class _Joined:
+class Joined:
     """What :meth:`StepLoop._admit` let in: the requests, their tokens of this step, and KV to bring about first."""
 
     __slots__ = ("copies", "new", "requests", "swapped_in")
