@@ -1,8 +1,8 @@
 """Tensors in, logits out: one model with its KV cache, on one of the backends.
 
 ``eager`` is plain torch and runs every family, dtype and device. ``native`` runs a whole decoder step in one
-call of our C++ kernels (bfloat16, x86-64 CPUs with AVX2 or better) and is batch-invariant: a token's logits do not depend, to the
-bit, on what else is in the step. ``auto`` takes native where it is supported and eager elsewhere.
+call of our C++ kernels (bfloat16, x86-64 CPUs with AVX2 or better) and is batch-invariant: a token's logits do not
+depend, to the bit, on what else is in the step. ``auto`` takes native where it is supported and eager elsewhere.
 """
 
 from __future__ import annotations

@@ -168,10 +168,10 @@ def test_an_error_in_a_callback_leaves_the_engine_usable(llm):
     ],
 )
 def test_bad_prompts_fail_before_work_starts(llm, prompt, message):
-    steps = llm.engine.loop._step
+    steps = llm.engine.loop.next_step
     with pytest.raises(ValueError, match=message):
         llm.generate([prompt], greedy())
-    assert llm.engine.loop._step == steps
+    assert llm.engine.loop.next_step == steps
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from torch import Tensor
 AVAILABLE, REASON = is_available()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"native decoder: {REASON}")
 
-FLAVOURS = (build.native_flavour(), "emulated")
-ACTIVATION_DTYPE = {"avx512": torch.float32, "amx": torch.bfloat16, "emulated": torch.bfloat16}
+FLAVOURS = (*build.native_flavours(), build.EMULATED)  # the first is the one that is used
+ACTIVATION_DTYPE: dict[str, torch.dtype] = dict.fromkeys(("avx2", "avx512"), torch.float32)
+ACTIVATION_DTYPE |= dict.fromkeys(("amx", "emulated"), torch.bfloat16)
 MAX_LEN = 700
 
 
@@ -204,6 +205,19 @@ def test_the_tolerance_notices_a_wrong_model(case: str, change: dict) -> None:
     tokens = random_tokens(model.spec, 123)
     wrong, _ = reference_forward(replace(model.spec, **change), model.weights, torch.tensor(tokens))
     assert scaled_error(model.alone(tokens), wrong) > 2 * max(LOGITS.values())
+
+
+def test_huge_numbers_saturate(model: Model) -> None:
+    """Where exp overflows, an activation is its input or zero, and a capped logit the cap."""
+    weights = {name: w * 1000 if name.endswith("gate") else w for name, w in model.weights.items()}
+    tokens = random_tokens(model.spec, 40)
+    actual = Session(CpuDecoder(model.spec, weights, model.flavour)).step({0: tokens})[0]
+    expected, _ = reference_forward(model.spec, weights, torch.tensor(tokens), activation_dtype=model.dtype)
+    assert scaled_error(actual, expected) <= LOGITS[model.dtype]
+    if model.spec.logit_softcap:
+        weights["final_norm"] = model.weights["final_norm"] * 1e6
+        capped = Session(CpuDecoder(model.spec, weights, model.flavour)).step({0: tokens})[0]
+        assert capped.abs().eq(model.spec.logit_softcap).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("option", ["q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"])
@@ -451,6 +465,24 @@ def test_a_context_beyond_its_block_table_is_caught(llama: Model) -> None:
         prefill(llama.decoder, range(33), [0], num_blocks=2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (build.AMX.keys() | {"sse2"}, ["amx", "avx512", "avx2"]),
+        (build.AVX512.keys(), ["avx512", "avx2"]),
+        (build.AVX2.keys() | {"avx512f"}, ["avx2"]),
+        ({"avx2"}, []),
+    ],
+)
+def test_a_cpu_gets_the_flavours_it_can_run(
+    flags: set[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags))
+    assert build.native_flavours() == expected
+    if not expected:
+        assert is_available.__wrapped__() == (False, "the CPU lacks fma")
+
+
 def test_a_build_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     run = subprocess.run
@@ -467,4 +499,4 @@ def test_a_build_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(subprocess.CalledProcessError):
-        build._build(build.native_flavour())
+        build._build(FLAVOURS[0])

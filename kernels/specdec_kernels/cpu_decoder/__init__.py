@@ -1,4 +1,4 @@
-"""A whole decoder step on a CPU with AVX-512 in one C++ call, by AMX tiles where it has them; batch-invariant.
+"""A whole decoder step in one C++ call on an x86-64 CPU: AMX tiles, AVX-512 or AVX2, the best it has; batch-invariant.
 
 Weights are bfloat16, sums float32.
 

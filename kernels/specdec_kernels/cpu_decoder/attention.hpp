@@ -56,37 +56,29 @@ inline int row_stride(int context) { return (context + 31) / 32 * 32 + 16; }
 // weight of zero does not stop a NaN.
 inline void copy_values(const bf16* source, int count, int head_dim, bf16* target) {
   for (int pair = 0; pair < 8; ++pair, source += head_dim * 2, target += head_dim * 2) {
-    const int kept = std::min(std::max(count - pair * 2, 0), 2);
-    const __m512i mask = _mm512_set1_epi32(kept == 2 ? -1 : kept == 1 ? 0xffff : 0);
-    for (int d = 0; d < head_dim; d += 16)
-      _mm512_storeu_si512(target + d * 2, _mm512_and_si512(_mm512_loadu_si512(source + d * 2), mask));
+    const int kept = count - pair * 2;
+    if (kept >= 2) std::memcpy(target, source, head_dim * 2 * sizeof(bf16));
+    if (kept < 2) std::memset(target, 0, head_dim * 2 * sizeof(bf16));
+    if (kept == 1)
+      for (int d = 0; d < head_dim; ++d) target[d * 2] = source[d * 2];
   }
 }
 
 // Softmax of scores[first, last) into weights; everything else in [begin, length) becomes 0. Returns the
 // sum of the weights. Lanes are tied to absolute positions, so the sum does not depend on begin or length.
 inline float softmax_row(const float* scores, Input* weights, int begin, int first, int last, int length) {
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  const auto visible = [&](int i) {
-    const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
-    return __mmask16(_mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(first)) &
-                     _mm512_cmplt_epi32_mask(at, _mm512_set1_epi32(last)));
-  };
-  __m512 peak = lowest;
-  for (int i = begin; i < last; i += 16) peak = _mm512_max_ps(_mm512_mask_loadu_ps(lowest, visible(i), scores + i), peak);
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
-  __m512 sum = _mm512_setzero_ps();
+  const Floats lowest = set1(-std::numeric_limits<float>::infinity());
+  const auto visible = [&](int i) { return select(lanes_between(first - i, last - i), load(scores + i), lowest); };
+  Floats peak = lowest;
+  for (int i = begin; i < last; i += 16) peak = max(visible(i), peak);
+  const Floats top = set1(reduce_max(peak));
+  Floats sum = zeros();
   for (int i = begin; i < length; i += 16) {
-    __m512 weight = _mm512_setzero_ps();
-    if (i < last) {
-      const __mmask16 mask = visible(i);
-      weight = _mm512_maskz_mov_ps(mask, exp512(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), top)));
-      sum = _mm512_add_ps(sum, weight);
-    }
+    const Floats weight = i < last ? exp(visible(i) - top) : zeros();
+    sum = sum + weight;
     store(weights + i, weight);
   }
-  return _mm512_reduce_add_ps(sum);
+  return reduce_add(sum);
 }
 
 // queries: [T][heads][D], scaled; out: [T][heads][D].
@@ -121,8 +113,7 @@ inline void attend(const AttentionItem& item, const Input* queries, const bf16* 
   for (int row = 0; row < rows; ++row) {
     const int token = item.first_token + row / share, head = item.head * share + row % share;
     Input* target = out + (int64_t(token) * num_heads + head) * head_dim;
-    const __m512 inverse = _mm512_set1_ps(1.0f / sums[row]);
-    for (int d = 0; d < head_dim; d += 16)
-      store(target + d, _mm512_mul_ps(_mm512_loadu_ps(buffers.outputs + row * head_dim + d), inverse));
+    const Floats inverse = set1(1.0f / sums[row]);
+    for (int d = 0; d < head_dim; d += 16) store(target + d, load(buffers.outputs + row * head_dim + d) * inverse);
   }
 }

@@ -22,28 +22,15 @@ from pathlib import Path
 import torch  # noqa: F401  (loads the OpenMP runtime that the library uses)
 
 log = logging.getLogger(__name__)
-AVX512_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
-AMX_FLAGS = ("amx_tile", "amx_bf16")
-COMPILE_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fopenmp",
-    "-fPIC",
-    "-w",
-    "-mfma",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-]
-COMPILE_FLAGS += ["-mavx512dq", "-mavx512bf16"]
-# How matrices are multiplied. "emulated" runs the AMX code on tiles in plain C++, to test it where there is no AMX.
-FLAVOURS = {
-    "avx512": [],
-    "amx": ["-DSPECDEC_AMX", "-mamx-tile", "-mamx-bf16"],
-    "emulated": ["-DSPECDEC_AMX", "-DSPECDEC_EMULATE_TILES"],
-}
-SOURCES = ("decoder.cpp", "attention.hpp", "gemm.hpp", "matrix_amx.hpp", "matrix_avx512.hpp", "simd.hpp")
-SOURCES += ("tile_emulation.hpp",)
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-w"]
+
+# What a flavour needs: CPU flags as in /proc/cpuinfo, each with the compiler option that uses it.
+AVX2 = {"avx2": "-mavx2", "fma": "-mfma"}
+AVX512 = AVX2 | {f"avx512{part}": f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")}
+AVX512 |= {"avx512_bf16": "-mavx512bf16"}
+AMX = AVX512 | {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
+FLAVOURS = {"amx": AMX, "avx512": AVX512, "avx2": AVX2}  # the best first
+EMULATED = "emulated"  # the AMX code on tiles in plain C++, to test it where there is no AMX
 
 
 def cache_dir() -> Path:
@@ -75,19 +62,18 @@ def compiler() -> str | None:
     return next((found for name in candidates if (found := shutil.which(name))), None)
 
 
-def native_flavour() -> str:
-    """ "amx" where the CPU has it, else "avx512"."""
-    return "amx" if all(flag in cpu_flags() for flag in AMX_FLAGS) else "avx512"
+def native_flavours() -> list[str]:
+    """Those this CPU can run, the best first."""
+    return [name for name, needs in FLAVOURS.items() if needs.keys() <= cpu_flags()]
 
 
 @functools.cache
 def is_available() -> tuple[bool, str]:
-    """Whether the native decoder can run here, and if not, why."""
+    """Whether the native decoder can run here (Linux on x86-64 with AVX2, and a C++ compiler), and if not, why."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False, f"it needs Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    missing = [flag for flag in AVX512_FLAGS if flag not in cpu_flags()]
-    if missing:
-        return False, f"the CPU lacks {', '.join(missing)}"
+    if not native_flavours():
+        return False, f"the CPU lacks {', '.join(flag for flag in AVX2 if flag not in cpu_flags())}"
     if compiler() is None:
         return False, "no C++ compiler was found (set CXX or install g++)"
     try:
@@ -106,7 +92,7 @@ def library(flavour: str | None = None) -> ctypes.CDLL:
         subprocess.CalledProcessError: the compiler failed; ``stderr`` says why.
         OSError: it cannot be loaded, or the kernel refuses AMX.
     """
-    flavour = flavour or native_flavour()
+    flavour = flavour or native_flavours()[0]
     lib = ctypes.CDLL(str(_build(flavour)))
     lib.specdec_new_workspace.restype = ctypes.c_void_p
     lib.specdec_free_workspace.argtypes = [ctypes.c_void_p]
@@ -118,15 +104,22 @@ def library(flavour: str | None = None) -> ctypes.CDLL:
     return lib
 
 
+def _options(flavour: str) -> list[str]:
+    if flavour != EMULATED:
+        return [*COMPILE_FLAGS, *FLAVOURS[flavour].values()]
+    vectors = next(name for name in native_flavours() if name != "amx")
+    return [*_options(vectors), "-DSPECDEC_EMULATE_TILES"]
+
+
 def _build(flavour: str) -> Path:
     command = compiler()
     assert command is not None
     folder = Path(__file__).parent
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    flags = [*COMPILE_FLAGS, *FLAVOURS[flavour]]
+    flags = _options(flavour)
     digest = hashlib.sha256(repr((version, flags)).encode())
-    for name in SOURCES:
-        digest.update((folder / name).read_bytes())
+    for source in sorted(folder.glob("*.?pp")):
+        digest.update(source.read_bytes())
     target = cache_dir() / f"decoder-{flavour}-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -135,7 +128,7 @@ def _build(flavour: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built, unlinked = Path(scratch) / "decoder.so", Path(scratch) / "decoder.o"
         for step in (
-            [command, *flags, "-c", str(folder / SOURCES[0]), "-o", str(unlinked)],
+            [command, *flags, "-c", str(folder / "decoder.cpp"), "-o", str(unlinked)],
             [command, "-shared", "-o", str(built), str(unlinked)],
         ):
             subprocess.run(step, capture_output=True, text=True, check=True)

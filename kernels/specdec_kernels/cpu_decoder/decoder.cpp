@@ -173,9 +173,9 @@ class StepRunner {
     gemm(b_.normed, s_.num_tokens, qkv, thread, threads, [&](int row, int rows, int group, const float* block) {
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < GROUP; c += 16) {
-          __m512 value = _mm512_loadu_ps(block + r * GROUP + c);
-          if (w.qkv_bias) value = _mm512_add_ps(value, _mm512_loadu_ps(w.qkv_bias + group * GROUP + c));
-          _mm512_storeu_ps(b_.qkv + int64_t(row + r) * qkv_size_ + group * GROUP + c, value);
+          Floats value = load(block + r * GROUP + c);
+          if (w.qkv_bias) value = value + load(w.qkv_bias + group * GROUP + c);
+          store(b_.qkv + int64_t(row + r) * qkv_size_ + group * GROUP + c, value);
         }
     });
 #pragma omp barrier
@@ -193,9 +193,8 @@ class StepRunner {
     const Packed gate_up{w.gate_up, 2 * m_.intermediate, m_.hidden};
     gemm(b_.normed, s_.num_tokens, gate_up, thread, threads, [&](int row, int rows, int group, const float* block) {
       for (int r = 0; r < rows; ++r) {
-        const __m512 gate = activate(_mm512_loadu_ps(block + r * GROUP), m_.activation);
-        store(b_.hidden + int64_t(row + r) * m_.intermediate + group * 16,
-              _mm512_mul_ps(gate, _mm512_loadu_ps(block + r * GROUP + 16)));
+        const Floats gate = activate(load(block + r * GROUP), m_.activation);
+        store(b_.hidden + int64_t(row + r) * m_.intermediate + group * 16, gate * load(block + r * GROUP + 16));
       }
     });
 #pragma omp barrier
@@ -211,10 +210,10 @@ class StepRunner {
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < GROUP; c += 16) {
           float* out = target + int64_t(row + r) * m_.hidden + group * GROUP + c;
-          __m512 value = _mm512_loadu_ps(block + r * GROUP + c);
-          if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + group * GROUP + c));
-          if (!post_norm) value = _mm512_add_ps(value, _mm512_loadu_ps(out));
-          _mm512_storeu_ps(out, value);
+          Floats value = load(block + r * GROUP + c);
+          if (bias) value = value + load(bias + group * GROUP + c);
+          if (!post_norm) value = value + load(out);
+          store(out, value);
         }
     });
     if (!post_norm) return;
@@ -256,8 +255,8 @@ class StepRunner {
         return;
       }
       Input* query = b_.queries + (int64_t(t) * m_.heads + h) * d;
-      const __m512 scale = _mm512_set1_ps(m_.attention_scale);
-      for (int j = 0; j < d; j += 16) store(query + j, _mm512_mul_ps(_mm512_loadu_ps(head + j), scale));
+      const Floats scale = set1(m_.attention_scale);
+      for (int j = 0; j < d; j += 16) store(query + j, load(head + j) * scale);
     });
   }
 
@@ -281,15 +280,14 @@ class StepRunner {
     gemm(b_.normed, s_.num_logits, head, thread, threads, [&](int row, int rows, int group, const float* block) {
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < GROUP; c += 16) {
-          const int column = group * GROUP + c, left = std::min(16, m_.vocab - column);
-          if (left <= 0) break;
-          __m512 value = _mm512_loadu_ps(block + r * GROUP + c);
+          const int column = group * GROUP + c;
+          if (column >= m_.vocab) break;
+          Floats value = load(block + r * GROUP + c);
           if (m_.logit_softcap > 0) {  // cap · tanh(x / cap), with tanh(y) = 1 - 2 / (1 + exp(2y))
-            const __m512 one = _mm512_set1_ps(1.0f), cap = _mm512_set1_ps(m_.logit_softcap);
-            const __m512 e = exp512(_mm512_mul_ps(value, _mm512_set1_ps(2.0f / m_.logit_softcap)));
-            value = _mm512_mul_ps(cap, _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, e))));
+            const Floats one = set1(1.0f), e = exp(value * set1(2.0f / m_.logit_softcap));
+            value = set1(m_.logit_softcap) * (one - set1(2.0f) / (one + e));
           }
-          _mm512_mask_storeu_ps(s_.logits + int64_t(row + r) * m_.vocab + column, __mmask16((1u << left) - 1), value);
+          store_first(s_.logits + int64_t(row + r) * m_.vocab + column, value, m_.vocab - column);
         }
     });
   }

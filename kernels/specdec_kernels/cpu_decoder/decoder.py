@@ -164,7 +164,7 @@ class CpuDecoder:
         weights: ``embed``, ``final_norm``, ``lm_head`` (absent when tied) and ``layers.{i}.`` with ``attn_norm q k v
             o mlp_norm gate up down``, optionally ``q_bias k_bias v_bias o_bias q_norm k_norm post_attn_norm
             post_mlp_norm``; matrices [outputs, inputs]. They are copied and may be freed.
-        flavour: how matrices are multiplied, ``"avx512"`` or ``"amx"``; default the best of this CPU.
+        flavour: how matrices are multiplied, one of ``build.FLAVOURS``; default the best of this CPU.
     """
 
     def __init__(self, spec: DecoderSpec, weights: Mapping[str, Tensor], flavour: str | None = None) -> None:

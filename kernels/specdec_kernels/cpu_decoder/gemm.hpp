@@ -6,13 +6,13 @@
 #pragma once
 #include <type_traits>
 
-#ifdef SPECDEC_AMX
+#if defined(__AMX_BF16__) || defined(SPECDEC_EMULATE_TILES)
 #include "matrix_amx.hpp"
 #else
-#include "matrix_avx512.hpp"
+#include "matrix_fma.hpp"
 #endif
 
-using Input = Matrix::Input;  // of activations: bf16 for AMX, float32 for AVX-512
+using Input = Matrix::Input;  // of activations: bf16 for AMX, float32 for FMA
 
 struct Packed {
   const bf16* data;

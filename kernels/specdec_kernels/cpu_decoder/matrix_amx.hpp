@@ -1,4 +1,4 @@
-// Matrix products with AMX tiles. Same interface as matrix_avx512.hpp.
+// Matrix products with AMX tiles. Same interface as matrix_fma.hpp.
 //
 // Tile rows are independent and K is never split, so an output does not depend on the other rows of its tile.
 #pragma once

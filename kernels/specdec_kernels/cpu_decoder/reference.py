@@ -34,7 +34,7 @@ def reference_forward(
         weights: named as for :class:`CpuDecoder`.
         token_ids: int64 [T].
         layers: run only these.
-        activation_dtype: bfloat16 for AMX tiles, float32 for AVX-512.
+        activation_dtype: bfloat16 for AMX tiles, float32 for AVX-512 and AVX2.
 
     Returns:
         Logits float32 [T, vocab_size], and the residual stream [T, hidden_size] after each layer.

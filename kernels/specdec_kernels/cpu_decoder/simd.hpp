@@ -1,4 +1,4 @@
-// AVX-512 helpers: bf16 conversion, exp, activations, RMSNorm of one row.
+// Helpers on 16 float32 lanes, by AVX-512 or AVX2: bf16 conversion, exp, activations, RMSNorm of one row.
 #pragma once
 #include <immintrin.h>
 
@@ -24,57 +24,45 @@ inline bf16 to_bf16(float value) {
   return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline __m512 load_bf16(const bf16* source) {
-  __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
+#ifdef __AVX512F__
+#include "floats_avx512.hpp"
+#else
+#include "floats_avx2.hpp"
+#endif
 
-inline void store_bf16(bf16* target, __m512 value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), (__m256i)_mm512_cvtneps_pbh(value));
-}
-
-// exp(x) to about 1 ulp: 2^n * p(r) with x = n ln2 + r, |r| <= ln2 / 2. -inf gives 0, NaN stays NaN.
-inline __m512 exp512(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
-  const __m512 n = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.0f), _CMP_LT_OQ);
-  return _mm512_mask_blend_ps(tiny, _mm512_scalef_ps(p, n), _mm512_setzero_ps());
+// exp(x) to about 1 ulp: 2^n * p(r) with x = n ln2 + r, |r| <= ln2 / 2. Below -104 it is 0, above 89 infinite; NaN
+// stays NaN.
+inline Floats exp(Floats x) {
+  x = max(set1(-104.0f), min(set1(89.0f), x));
+  const Floats n = nearest(x * set1(1.44269504088896341f));
+  Floats r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  Floats p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  return scale_by_power(fma(r * r, p, r + set1(1.0f)), n);
 }
 
 enum Activation { SILU = 0, GELU_TANH = 1 };
 
-inline __m512 activate(__m512 x, int kind) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  if (kind == SILU) return _mm512_div_ps(x, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+inline Floats activate(Floats x, int kind) {
+  const Floats one = set1(1.0f);
+  if (kind == SILU) return x / (one + exp(zeros() - x));
   // 0.5 x (1 + tanh(y)) = x / (1 + exp(-2y)), y = sqrt(2/pi) (x + 0.044715 x^3).
-  const __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(0.044715f)));
-  const __m512 y2 = _mm512_mul_ps(_mm512_add_ps(x, cubic), _mm512_set1_ps(-1.5957691216057308f));
-  return _mm512_div_ps(x, _mm512_add_ps(one, exp512(y2)));
+  const Floats cubic = (x * x) * (x * set1(0.044715f));
+  return x / (one + exp((x + cubic) * set1(-1.5957691216057308f)));
 }
 
 // RMSNorm of one row: y = x / rms(x) * weight, float32 or bf16 out. In and out may be the same row.
-inline void store(float* target, __m512 value) { _mm512_storeu_ps(target, value); }
-inline void store(bf16* target, __m512 value) { store_bf16(target, value); }
-
 template <class Out>
 inline void rms_norm_row(const float* x, const float* weight, int size, float eps, Out* out) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int i = 0; i < size; i += 16) {
-    const __m512 value = _mm512_loadu_ps(x + i);
-    sum = _mm512_fmadd_ps(value, value, sum);
-  }
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / float(size) + eps));
-  for (int i = 0; i < size; i += 16)
-    store(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
+  Floats sum = zeros();
+  for (int i = 0; i < size; i += 16) sum = fma(load(x + i), load(x + i), sum);
+  const Floats scale = set1(1.0f / std::sqrt(reduce_add(sum) / float(size) + eps));
+  for (int i = 0; i < size; i += 16) store(out + i, load(x + i) * scale * load(weight + i));
 }
 
 constexpr int GROUP = 32;               // outputs per packed group of a weight matrix
