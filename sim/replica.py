@@ -260,9 +260,12 @@ class Replica:
 
     def _steps_alike(self) -> int:
         """Steps from now whose plans are equal for certain; 1 says nothing."""
+        loop = self.loop
         if not (self._fast_forward and self._only_decodes) or self._hashing:
             return 1
-        return min(max(1, self.loop.horizon(self.now_s)), MAX_STEPS_AHEAD)
+        if loop.awaits_first_token(loop.table.active):
+            return 1  # the last token of a prompt, computed as if it were decoded
+        return min(max(1, loop.horizon(self.now_s)), MAX_STEPS_AHEAD)
 
     def _rest(self, plan: StepPlan) -> Process:
         """Wait for an arrival, or for the policy to change its mind."""

@@ -198,6 +198,31 @@ def test_fast_forward_changes_nothing(workload: Workload) -> None:
     assert quick[1].now_s == slow[1].now_s
 
 
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_the_last_token_of_a_prompt_is_not_skipped(num_drafts: int) -> None:
+    """A chunk may leave one token, which the scheduler plans as if it were decoded: its end is a first token."""
+    budget = 8
+    for first_prompt in range(1, 3 * budget):
+        config = SchedulerConfig(
+            max_num_seqs=2, max_num_batched_tokens=budget, num_blocks=64, block_size=4, max_model_len=100
+        )
+        lives = []
+        for ahead in (True, False):
+            env, done = simpy.Environment(), []
+            controller = make_controller("fixed", max_drafts=num_drafts)
+            loop = StepLoop(config, make_policy("chunked"), controller)
+            acceptance = make_acceptance("constant", alpha=0.5)
+            replica = Replica(env, loop, Times(), acceptance, on_finish=done.append, fast_forward=ahead)
+            for index, prompt_len in enumerate((2, first_prompt, budget + 1)):
+                replica.submit(
+                    SimRequest(request_id=index, prompt_len=prompt_len, max_tokens=60, output_len=40 - index)
+                )
+            env.run()
+            lives.append([life(request) for request in done])
+            assert all(request.first_token_s <= request.finish_s for request in done)
+        assert lives[0] == lives[1]
+
+
 LONG = Workload(
     config=SchedulerConfig(num_blocks=400, block_size=16, max_model_len=600, max_num_seqs=8),
     policy="chunked",
