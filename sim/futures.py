@@ -140,10 +140,11 @@ class Flights:
         """``row`` decodes from ``step`` on, as the table has it now."""
         table, (draws, start) = self._loop.table, self._futures.luck(row)
         first = start + int(table.num_steps[row])
-        before = int(draws.emitted[first])
-        behind = int(draws.emitted.searchsorted(before + int(self._left[row])))
+        emitted = draws.emitted
+        before = emitted[first]
+        behind = int(emitted.searchsorted(int(before) + int(self._left[row])))
         self._stretches[row] = first, behind
-        self._contexts.add(step, draws.emitted[first:behind] + (int(table.num_computed[row]) - before))
+        self._contexts.add(step, emitted[first:behind] + (table.num_computed[row] - before))
         last = step + behind - first - 1
         if last not in self._ending:
             self._ending[last] = []

@@ -82,15 +82,19 @@ class BlockPool:
         Returns:
             int64 [len(shared) + count]. The caller has checked ``num_free``.
         """
+        if not shared and count <= self._stack_size:
+            self._stack_size -= count
+            blocks = self._stack[self._stack_size : self._stack_size + count][::-1].copy()
+            self.ref_counts[blocks] = 1
+            return blocks
         for block in shared:
             self._cached.pop(block, None)
         assert count <= self.num_free, f"{count} blocks asked, {self.num_free} free"
         from_stack = min(count, self._stack_size)
         self._stack_size -= from_stack
         blocks = self._stack[self._stack_size : self._stack_size + from_stack][::-1].copy()
-        if shared or from_stack < count:
-            evicted = [self._evict() for _ in range(count - from_stack)]
-            blocks = np.concatenate([np.array(shared, np.int64), blocks, np.array(evicted, np.int64)])
+        evicted = [self._evict() for _ in range(count - from_stack)]
+        blocks = np.concatenate([np.array(shared, np.int64), blocks, np.array(evicted, np.int64)])
         self.ref_counts[blocks] += 1
         return blocks
 

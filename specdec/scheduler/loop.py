@@ -110,6 +110,7 @@ class StepLoop:
         self.next_step = 0
         self.num_swapped_blocks = 0
         self._longest_known = 0
+        self._longest_possible = min(config.max_model_len, config.num_blocks * config.block_size)
         self._silent: dict[int, Request] = {}  # rows without a first token
         # Sliced instead of made anew in every step.
         self._ones = np.ones(config.max_num_seqs, np.int32)
@@ -135,8 +136,11 @@ class StepLoop:
             ValueError: the request can never run: longer than the model's limit, than the KV pool, or than
                 the token budget of a policy that computes prompts whole.
         """
-        config, name = self.config, f"request {request.request_id}"
-        longest = request.prompt_len + request.max_tokens
+        config, longest = self.config, request.prompt_len + request.max_tokens
+        whole = not self.policy.chunked_prefill
+        if longest <= self._longest_possible and (not whole or longest <= config.max_num_batched_tokens):
+            return
+        name = f"request {request.request_id}"
         if longest > config.max_model_len:
             raise ValueError(
                 f"{name}: prompt of {request.prompt_len} tokens + max_tokens={request.max_tokens} exceeds "
@@ -147,11 +151,10 @@ class StepLoop:
                 f"{name} needs {self.pool.blocks_for(longest)} KV blocks of {config.block_size} tokens, the "
                 f"pool has num_blocks={config.num_blocks}: enlarge the KV pool or lower max_tokens"
             )
-        if not self.policy.chunked_prefill and longest > config.max_num_batched_tokens:
-            raise ValueError(
-                f"{name}: {longest} tokens exceed max_num_batched_tokens={config.max_num_batched_tokens} and "
-                "this policy computes prompts whole: raise the budget or use the policy 'chunked'"
-            )
+        raise ValueError(
+            f"{name}: {longest} tokens exceed max_num_batched_tokens={config.max_num_batched_tokens} and "
+            "this policy computes prompts whole: raise the budget or use the policy 'chunked'"
+        )
 
     def submit(self, request: Request) -> None:
         """Queue ``request``; see :meth:`check` for the errors.
@@ -412,9 +415,11 @@ class StepLoop:
 
     def _fits(self, request: Request, shared: list[int]) -> bool:
         """Whether blocks for all known tokens of ``request`` are free, beside those it shares."""
-        fresh = self.pool.blocks_for(request.num_known) - len(shared)
-        reserve = self._watermark_blocks if len(self.table) else 0
-        return fresh + reserve <= self.pool.num_free - self.pool.num_evictable(shared)
+        pool = self.pool
+        fresh = pool.blocks_for(request.num_known) - len(shared)
+        reserve = self._watermark_blocks if self.table.active.size else 0
+        evictable = pool.num_evictable(shared) if shared else 0
+        return fresh + reserve <= pool.num_free - evictable
 
     def _take_blocks(
         self, request: Request, matched: list[int], cached: int, copies: list[tuple[int, int]]

@@ -82,6 +82,35 @@ def test_forced_preemption_keeps_the_output(drafter, policy, tiny_plain, tiny_ll
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "layer_skip", "draft_model", "synthetic"])
+def test_swapped_out_requests_keep_their_output(drafter, tiny_plain, tiny_llama_dir, tiny_draft_dir):
+    llm = LLM(
+        str(tiny_llama_dir),
+        tiny_drafters(tiny_draft_dir)[drafter],
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=8,
+        watermark=0.0,
+        num_swap_blocks=40,
+        prefix_caching=False,
+        **TIGHT,
+    )
+    computed, forward = [0], llm.runner.forward
+
+    def counting(batch, layers=None):
+        computed[0] += batch.token_ids.size if layers is None else 0
+        return forward(batch, layers)
+
+    llm.runner.forward = counting
+    got = outputs(llm, tiny_prompts(8))
+    assert [out.token_ids for out in got] == tiny_plain
+    assert sum(out.num_preemptions for out in got) > 0
+    if drafter == "ngram":  # whose target computes prompts, and 1 + drafts tokens a step, and nothing twice
+        drafted, steps = (sum(getattr(out, name) for out in got) for name in ("num_drafted", "num_steps"))
+        prompts = sum(len(prompt) for prompt in tiny_prompts(8))
+        assert computed[0] == prompts + drafted + steps - len(got)
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "layer_skip", "draft_model", "synthetic"])
 def test_chunked_prefill_and_prefix_hits_keep_the_output(drafter, tiny_plain, tiny_llama_dir, tiny_draft_dir):
     llm = LLM(
         str(tiny_llama_dir),
