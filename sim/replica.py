@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sim.acceptance import AcceptanceModel
 from sim.futures import Flights, Futures, Luck
-from sim.step_features import StepCost, StepFeatures, features
+from sim.step_features import StepCost, StepFeatures, cruise_features, features
 from specdec.scheduler import Cruise, CruisePlan, Ended, Request, StepLoop, StepOutcome, StepPlan
 from specdec.scheduler.plan import IntArray
 from specdec.trace import RequestRecord, TraceWriter
@@ -230,7 +230,7 @@ class Replica:
         ends_s: list[float] = []
         end_s = self.now_s
         for step in range(plan.step, min(plan.step + alike, max(self._flights.next_end, plan.step) + 1)):
-            base = _flight_features(plan, self._flights.context_at(step))
+            base = cruise_features(plan, self._flights.context_at(step))
             cost = self._seconds(base)
             if step % self.loop.config.num_scheduler_steps:
                 cost = cost._replace(overhead_s=0.0)
@@ -427,34 +427,3 @@ class Replica:
         self._trace.step(
             quiet, outcome, start_s, steps.ends_s[step], loop.num_running, steps.num_waiting, free
         )
-
-
-def _flight_features(plan: CruisePlan, decode_context: int) -> StepFeatures[float]:
-    """What :func:`sim.step_features.features` says of the same step."""
-    rows, k = plan.num_decodes, plan.num_drafts
-    decode_tokens, draft_rows = rows * (1 + k), rows if k else 0
-    tokens = logits = decode_tokens
-    chunk, pairs = 0, 0.0
-    for _, context, new, emits in plan.chunks:
-        tokens += new
-        logits += emits
-        if new == 1 and emits:
-            rows += 1
-            decode_tokens += 1
-            decode_context += context
-        else:
-            chunk += new
-            pairs += new * (context + 0.5 * (new + 1.0))
-    steps = k if draft_rows else 0
-    return StepFeatures(
-        tokens,
-        logits,
-        rows,
-        decode_tokens,
-        decode_context,
-        chunk,
-        pairs,
-        steps,
-        draft_rows,
-        draft_rows * k,
-    )

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from sim.curves import FloatArray
-from specdec.scheduler import StepPlan
+from specdec.scheduler import CruisePlan, StepPlan
 
 Real = TypeVar("Real", float, FloatArray)
 
@@ -84,6 +84,37 @@ def features(plan: StepPlan) -> StepFeatures[float]:
     tokens, row_tokens = num_new + num_drafts, rows + num_drafts
     return StepFeatures(
         tokens, num_logits, rows, row_tokens, cached, chunk, pairs, steps, draft_rows, num_drafts
+    )
+
+
+def cruise_features(plan: CruisePlan, decode_context: int) -> StepFeatures[float]:
+    """The features of a step whose decoding rows are only counted; :func:`features` of the same step."""
+    rows, k = plan.num_decodes, plan.num_drafts
+    decode_tokens, draft_rows = rows * (1 + k), rows if k else 0
+    tokens = logits = decode_tokens
+    chunk, pairs = 0, 0.0
+    for _, context, new, emits in plan.chunks:
+        tokens += new
+        logits += emits
+        if new == 1 and emits:
+            rows += 1
+            decode_tokens += 1
+            decode_context += context
+        else:
+            chunk += new
+            pairs += new * (context + 0.5 * (new + 1.0))
+    steps = k if draft_rows else 0
+    return StepFeatures(
+        tokens,
+        logits,
+        rows,
+        decode_tokens,
+        decode_context,
+        chunk,
+        pairs,
+        steps,
+        draft_rows,
+        draft_rows * k,
     )
 
 

@@ -10,7 +10,8 @@ somebody else's business: ``specdec.engine`` does it on a device, ``sim`` in vir
 
 from specdec.scheduler.blocks import BlockPool, hash_blocks
 from specdec.scheduler.cruise import Cruise, CruisePlan, Ended
-from specdec.scheduler.loop import SchedulerConfig, StepLoop
+from specdec.scheduler.limits import SchedulerConfig
+from specdec.scheduler.loop import StepLoop
 from specdec.scheduler.plan import StepOutcome, StepPlan
 from specdec.scheduler.policy import ORDERS, POLICIES, BatchPolicy, make_policy
 from specdec.scheduler.request import Request, RequestState, SamplingParams
