@@ -43,6 +43,10 @@ class AcceptanceModel(Protocol):
         """Whether all steps of all requests follow one law, independently of each other."""
         ...
 
+    def survival(self, k: int) -> FloatArray:
+        """S_1 … S_k of a request of which nothing is known, float64 [k]."""
+        ...
+
     def bind(self, max_rows: int) -> None:
         """Make room for the rows 0 … max_rows − 1 of a request table."""
 
@@ -292,6 +296,10 @@ class TaskAcceptance:
         self._models = built if merged is None else [merged]
         self._model_of = {task: number for number, task in enumerate(models, 1)} if merged is None else {}
         self._chosen = np.empty(0, np.intp)
+
+    def survival(self, k: int) -> FloatArray:
+        """Of a request of a task that has no law of its own."""
+        return self._models[0].survival(k)
 
     def bind(self, max_rows: int) -> None:
         self._chosen = np.zeros(max_rows, np.intp)

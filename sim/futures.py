@@ -75,18 +75,25 @@ class Futures:
         Where all requests follow one law, each takes the next stretch of one sequence; else it has its own.
         """
         if not self._acceptance.is_alike:
-            self._acceptance.enter(0, request_id, task, self._seed)
-            uniforms = self._noise.at(self._seed, request_id).random(output_len)
-            return Luck(self._draws(uniforms), 0)
+            return Luck(self._own_draws(request_id, task, output_len), 0)
         if self._used + output_len > self._shared.accepted.size:
-            self._shared, self._used = self._draws(self._rng.random(max(_BLOCK, output_len))), 0
+            self._shared, self._used = self._shared_draws(max(_BLOCK, output_len)), 0
         self._used += output_len
         return Luck(self._shared, self._used - output_len)
 
-    def _draws(self, uniforms: NDArray[np.float64]) -> Draws:
+    def _own_draws(self, request_id: int, task: str, count: int) -> Draws:
+        self._acceptance.enter(0, request_id, task, self._seed)
+        uniforms = self._noise.at(self._seed, request_id).random(count)
         limit = np.array([self._max_drafts], np.int32)
         accepted = self._acceptance.draw_many(np.zeros(1, np.int64), limit, uniforms[:, None])
         return Draws.of(np.ascontiguousarray(accepted[:, 0]), self._max_drafts)
+
+    def _shared_draws(self, count: int) -> Draws:
+        """By the definition of the law; of one law for all, several times faster than ``draw_many``."""
+        uniforms, accepted = self._rng.random(count), np.zeros(count, np.int32)
+        for level in self._acceptance.survival(self._max_drafts).tolist():
+            accepted += uniforms < level
+        return Draws.of(accepted, self._max_drafts)
 
     def enter(self, row: int, luck: Luck, output_len: int) -> None:
         """A request takes ``row``."""
