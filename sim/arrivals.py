@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -28,13 +29,20 @@ class RequestReader:
 
     Args:
         cluster: that they are for.
+        prediction_error: standard deviation σ of the logarithm of predicted over true output length, for the order
+            "sjf"; 0 predicts exactly, ``None`` not at all (the order then goes by ``max_tokens``).
+        seed: of the predictions.
 
     Raises:
-        ValueError: pools that share prefixes in blocks of different sizes.
+        ValueError: a negative ``prediction_error``; pools that share prefixes in blocks of different sizes.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, prediction_error: float | None = None, seed: int = 0) -> None:
+        if prediction_error is not None and not 0.0 <= prediction_error < math.inf:
+            raise ValueError(f"prediction_error={prediction_error} must be finite and >= 0, or None")
         self._cluster = cluster
+        self._prediction_error = prediction_error
+        self._prediction_rng = np.random.default_rng([seed, 0x517F])
         self._longest = {name: _longest(cluster, name) for name in cluster.pools}
         schedulers = [pool.spec.replica.scheduler for pool in cluster.pools.values()]
         sizes = sorted({config.block_size for config in schedulers if config.prefix_caching})
@@ -74,9 +82,20 @@ class RequestReader:
             requests.deadline_s.tolist(),
             map(requests.tasks.__getitem__, codes),
             hashes,
+            self._predictions(requests),
             strict=True,
         )
-        for arrival_s, prompt_len, output_len, max_tokens, priority, deadline_s, task, own in columns:
+        for (
+            arrival_s,
+            prompt_len,
+            output_len,
+            max_tokens,
+            priority,
+            deadline_s,
+            task,
+            own,
+            predicted,
+        ) in columns:
             yield SimRequest(
                 request_id=number,
                 prompt_len=prompt_len,
@@ -87,8 +106,15 @@ class RequestReader:
                 deadline_s=deadline_s,
                 block_hashes=own,
                 task=task,
+                predicted_tokens=predicted,
             )
             number += 1
+
+    def _predictions(self, requests: Requests) -> list[int] | list[None]:
+        if self._prediction_error is None:
+            return [None] * len(requests)
+        factors = np.exp(self._prediction_error * self._prediction_rng.standard_normal(len(requests)))
+        return np.maximum(1, np.rint(requests.output_len * factors)).astype(np.int64).tolist()
 
     def _check(self, requests: Requests, number: int, last_s: float) -> None:
         times_s = requests.arrival_s

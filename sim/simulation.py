@@ -68,6 +68,7 @@ class _Job:
     slo: Slo | None
     until_s: float
     max_outstanding: int
+    prediction_error: float | None
     part: int = 0
     num_parts: int = 1
 
@@ -85,6 +86,7 @@ def simulate(
     progress: Progress | None = None,
     until_s: float = math.inf,
     max_outstanding: int = MAX_OUTSTANDING,
+    prediction_error: float | None = None,
     workers: int = 1,
 ) -> SimulationResult:
     """Simulate ``source`` on ``cluster`` until every request has ended.
@@ -98,6 +100,7 @@ def simulate(
         progress: called now and then with the number of arrivals and the time.
         until_s: stop at this time; what is then inside counts as in flight.
         max_outstanding: requests on one replica (or held, per replica) at which the load is too high: the run stops.
+        prediction_error: of predicted output lengths, for the order "sjf"; see :class:`RequestReader`.
         workers: processes. More than one need replicas that are independent given the routing, and a script that
             asks for them guards its own work with ``if __name__ == "__main__":``, since they import it.
 
@@ -113,6 +116,7 @@ def simulate(
         slo=slo,
         until_s=until_s,
         max_outstanding=max_outstanding,
+        prediction_error=prediction_error,
     )
     if workers == 1:
         with contextlib.ExitStack() as stack:
@@ -186,7 +190,7 @@ def _run(
         traces=traces,
         is_mine=job.is_mine,
     )
-    reader = RequestReader(cluster)
+    reader = RequestReader(cluster, job.prediction_error, job.seed)
     if isinstance(job.source, ClosedLoop):
         users.append(Users(env, job.source, reader, progress))
         users[0].start(cluster)

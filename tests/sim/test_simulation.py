@@ -267,6 +267,26 @@ def test_the_summary_says_what_happened(tmp_path: Path):
     assert sum(len(read_requests(tmp_path, name)) for name in ("main-0", "main-1")) == 50
 
 
+def test_shortest_jobs_first_is_as_good_as_its_predictions():
+    """A burst of answers whose lengths the scheduler does not see: the better they are foretold, the sooner."""
+    rng = np.random.default_rng(0)
+    burst = Requests.build(np.zeros(80), 4, rng.integers(1, 61, 80), max_tokens=60)
+    waits_s = {}
+    for order, error in (("sjf", 0.0), ("sjf", 1.5), ("fcfs", None)):
+        spec = ClusterSpec.of(small_replica(max_num_seqs=2, order=order))
+        summary = simulate(ListSource(burst), spec, prediction_error=error).summary
+        waits_s[order, error] = summary["latency"]["e2e_s"]["mean"]
+    assert waits_s["sjf", 0.0] < 0.95 * waits_s["sjf", 1.5] < 0.95 * waits_s["fcfs", None]
+    unseen = ClusterSpec.of(small_replica(max_num_seqs=2, order="sjf"))
+    assert simulate(ListSource(burst), unseen).summary["latency"]["e2e_s"]["mean"] == waits_s["fcfs", None]
+
+
+@pytest.mark.parametrize("error", [-0.1, math.inf, math.nan])
+def test_a_prediction_error_out_of_range(error: float):
+    with pytest.raises(ValueError, match="prediction_error="):
+        simulate(some_requests(2, 1.0), ClusterSpec.of(small_replica()), prediction_error=error)
+
+
 def test_nothing_finished_is_no_error():
     requests = Requests.build([0.0], 60, 20)
     result = simulate(ListSource(requests), ClusterSpec.of(small_replica()), until_s=0.05)
