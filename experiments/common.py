@@ -6,21 +6,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from specdec import LLM, RequestOutput, SamplingParams, plots
+from experiments.options import controller_options, policy_options
+from specdec import plots
 from specdec.config import Config
 from specdec.perfetto import write_perfetto
+from specdec.scheduler import SamplingParams
 from specdec.trace import TraceWriter, read_requests, read_steps
 from specdec.tracking import Run
 from specdec.workload import PromptItem, prompt_items
 
+if TYPE_CHECKING:
+    from specdec import LLM, RequestOutput  # at run time only where needed: simulations do without torch
+
 
 def build_llm(config: Config) -> LLM:
     """The configured model, decoding plainly; experiments choose drafters with :func:`configure`."""
+    from specdec import LLM
+
     engine = config.engine
     llm = LLM(
         config.model.name,
@@ -41,19 +48,20 @@ def configure(
     llm: LLM, config: Config, drafter: Any = None, num_drafts: int | None = None, **options: Any
 ) -> LLM:
     """Set drafter and scheduler as configured; ``drafter`` and ``options`` go first."""
-    engine, speculation, policy = config.engine, asdict(config.speculation), asdict(config.policy)
-    k = speculation.pop("num_drafts", 0)
-    order = policy.pop("order")
+    engine, policy = config.engine, policy_options(config.policy)
+    speculation = controller_options(config.speculation)
+    k = speculation.pop("max_drafts", 0)
     chosen: dict[str, Any] = {
         "num_drafts": k if num_drafts is None else num_drafts,
         "speculation": speculation,
         "rule": config.verify.rule,
-        "policy": policy,
-        "order": order,
+        **policy,
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
         "prefix_caching": engine.prefix_caching,
         "watermark": engine.watermark,
+        "num_swap_blocks": engine.num_swap_blocks,
+        "num_scheduler_steps": engine.num_scheduler_steps,
         "seed": config.seed,
     }
     return llm.configure(drafter, **{**chosen, **options})

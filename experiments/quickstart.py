@@ -7,6 +7,7 @@ python -m specdec.run +experiment=quickstart speculation.num_drafts=8 experiment
 from __future__ import annotations
 
 import statistics
+import time
 from typing import Any
 
 import polars as pl
@@ -39,7 +40,11 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     modes: dict[str, Any] = {"plain": None}
     modes |= {name: common.drafter_options(config, name) for name in config.experiment.drafters}
     rounds: dict[str, list[common.Served]] = {name: [] for name in modes}
+    start_s = time.perf_counter()
     for repeat in range(config.experiment.repeats):
+        spent_s = time.perf_counter() - start_s
+        if repeat and spent_s * (repeat + 1) / repeat > config.experiment.budget_s:
+            break
         # Interleaved, so that a change of the machine's speed falls on every mode alike.
         for name, drafter in modes.items():
             common.configure(llm, config, drafter)

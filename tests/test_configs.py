@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from specdec.config import CHOICES, GROUPS, VARIANTS, Config, WorkloadConfig, register, validate
+from specdec.config import CHOICES, GROUPS, VARIANTS, Config, WorkloadConfig, choose, register, validate
+from specdec.config_experiments import ARRIVALS, LENGTHS, MODEL_SHAPES, ROUTERS, SERVE_ARRIVALS, SIM_DTYPES
 from specdec.run import conf_dir, explain
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     (folder.name, path.stem)
     for folder in conf_dir().iterdir()
-    if folder.is_dir() and folder.name != "experiment"
+    if folder.is_dir() and folder.name not in ("experiment", "hydra")
     for path in folder.glob("*.yaml")
 )
 
@@ -54,7 +55,7 @@ def test_every_option_of_every_group_composes(group: str, name: str):
 
 def test_files_and_schemas_name_the_same_groups():
     groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
-    assert groups == {*GROUPS, *VARIANTS}
+    assert groups == {*GROUPS, *VARIANTS, "hydra"}
     for group, variants in VARIANTS.items():
         assert {path.stem for path in (conf_dir() / group).glob("*.yaml")} == set(variants)
 
@@ -72,15 +73,81 @@ def test_choices_are_those_of_the_code():
     assert set(CHOICES["model.backend"]) == set(BACKENDS)
     assert set(CHOICES["verify.rule"]) == set(CHAIN_RULES)
     assert set(CHOICES["policy.order"]) == set(ORDERS)
-    assert set(CHOICES["experiment.arrivals"]) == set(PROCESSES)
+    assert set(SERVE_ARRIVALS) == set(PROCESSES)
     assert set(VARIANTS["policy"]) == set(POLICIES)
     assert set(VARIANTS["speculation"]) == set(CONTROLLERS)
     assert set(VARIANTS["drafter"]) == {*DRAFTERS, "none"}
 
 
+def test_names_of_simulations_are_those_of_the_code():
+    from sim.acceptance import ACCEPTANCE
+    from sim.hardware import HARDWARE_NAMES, Hardware
+    from sim.model_shape import DTYPE_BYTES
+    from sim.model_shape import MODEL_SHAPES as SHAPES
+    from sim.router import ROUTERS as ROUTER_CLASSES
+    from specdec.workload import AZURE_SERVICES
+    from specdec.workload.arrivals import _PROCESSES
+
+    assert set(ARRIVALS) == {*_PROCESSES, "trace", "closed_loop"}
+    assert set(LENGTHS) == {*AZURE_SERVICES, "fixed", "trace"}
+    assert set(ROUTERS) == set(ROUTER_CLASSES)
+    assert set(MODEL_SHAPES) == set(SHAPES)
+    assert set(SIM_DTYPES) == set(DTYPE_BYTES)
+    assert set(VARIANTS["acceptance"]) <= set(ACCEPTANCE)
+    assert {path.stem for path in (conf_dir() / "hardware").glob("*.yaml")} == set(HARDWARE_NAMES)
+    assert {item.name for item in fields(GROUPS["hardware"])} == {item.name for item in fields(Hardware)}
+
+
+def test_options_of_acceptance_and_processes_are_those_of_the_code():
+    from sim.acceptance import make_acceptance
+    from specdec.workload import make_process
+
+    for schema in VARIANTS["acceptance"].values():
+        make_acceptance(**asdict(schema()))
+    values = {"rates_per_s": (1.0, 2.0), "dwell_s": (1.0, 2.0), "amplitude": 0.5, "period_s": 60.0, "cv": 2.0}
+    for name, options in ARRIVALS.items():
+        if name not in ("trace", "closed_loop"):
+            rate = {} if name in ("all_at_once", "mmpp") else {"rate_per_s": 1.0}
+            make_process(name, **rate, **{option: values[option] for option in options})
+
+
+def test_sheets_are_read_alike_by_both_readers():
+    from experiments.simulations import hardware
+    from sim.hardware import HARDWARE_NAMES, load_hardware
+
+    for name in HARDWARE_NAMES:
+        assert hardware(build(f"hardware={name}", experiment="simulate")) == load_hardware(name)
+
+
+def test_a_sheet_can_be_changed_on_the_command_line():
+    config = build("hardware=l40s", "hardware.price_per_hour_usd=1.5", "hardware.flops_per_s.int8=1e14")
+    assert (config.hardware.name, config.hardware.price_per_hour_usd) == ("l40s", 1.5)
+    assert config.hardware.flops_per_s["int8"] == 1e14
+    assert config.hardware.memory_bytes == 48305799168
+
+
+def test_policies_of_a_sweep_are_checked_by_their_schemas():
+    assert choose("policy", {"name": "dynamic", "window_s": 0.2}, "p").window_s == 0.2
+    assert choose("speculation", {"name": "off"}, "p").name == "off"
+    for group, options, message in [
+        ("policy", {"name": "chunkd"}, r"unknown p\.name 'chunkd': did you mean chunked"),
+        ("policy", {"name": "static", "window_s": 1.0}, r"unknown key 'p\.window_s'"),
+        ("policy", {}, r"unknown p\.name None"),
+        ("speculation", {"name": "fixed", "num_drafts": "many"}, r"p: Value 'many'"),
+        ("speculation", {"name": "fixed", "num_drafts": -1}, r"num_drafts=-1 must be >= 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            choose(group, options, "p")
+
+
 @pytest.mark.parametrize(
     ("override", "key", "nearest"),
     [
+        ("hardware=h10", "hardware", "h100"),
+        ("hardware.price=1", "hardware.price", "hardware.price_per_hour_usd"),
+        ("+hardware.tdp=1", "hardware.tdp", "hardware.tdp_w"),
+        ("acceptance=constnt", "acceptance", "constant"),
+        ("speculation=goodputs", "speculation", "goodput"),
         ("policy.ordr=sjf", "policy.ordr", "policy.order"),
         ("+policy.ordr=sjf", "policy.ordr", "policy.order"),
         ("experiment.drafter=[ngram]", "experiment.drafter", "experiment.drafters"),
@@ -115,6 +182,10 @@ def test_unknown_names_are_refused_with_the_nearest(override: str, key: str, nea
         ("workload.tasks=[[a]]", "workload.tasks"),
         ("sampling.temperature=hot", "sampling.temperature"),
         ("seed=abc", "seed"),
+        ("hardware.memory_bytes=much", "hardware.memory_bytes"),
+        ("hardware.flops_per_s.fp8=fast", "hardware.flops_per_s.fp8"),
+        ("acceptance.alpha=high", "acceptance.alpha"),
+        ("policy.decode_first=often", "policy.decode_first"),
     ],
 )
 def test_wrong_types_are_refused_by_key(override: str, key: str):
@@ -136,6 +207,53 @@ def test_wrong_types_are_refused_by_key(override: str, key: str):
         ("acceptance_sweep", ["experiment.num_drafts=[2,-1]"], r"experiment\.num_drafts=-1"),
         ("serve", ["experiment.rate_per_s=0"], r"experiment\.rate_per_s=0\.0 must be > 0"),
         ("serve", ["experiment.arrivals=posson"], r"experiment\.arrivals.*poisson"),
+        ("quickstart", ["policy.ageing_s=5"], r"ageing_s=5\.0 is for policy\.order=priority only, not fcfs"),
+        ("quickstart", ["policy.order=priority", "policy.ageing_s=0"], r"policy\.ageing_s=0\.0 must be"),
+        ("quickstart", ["speculation=goodput", "speculation.step_s=[0.1]"], r"step_tokens has 0 entries"),
+        ("quickstart", ["speculation=load_threshold", "speculation.max_running=-1"], r"max_running=-1"),
+        ("simulate", ["acceptance.alpha=1.2"], r"acceptance\.alpha: acceptance rate 1\.2"),
+        ("simulate", ["acceptance=positional", "acceptance.rates=[]"], r"acceptance\.rates is empty"),
+        ("simulate", ["acceptance=beta", "acceptance.concentration=0"], r"acceptance\.concentration=0\.0"),
+        ("simulate", ["acceptance=markov", "acceptance.good_to_bad=2"], r"acceptance\.good_to_bad=2\.0"),
+        (
+            "simulate",
+            ["experiment.rate_per_s=-1"],
+            r"experiment\.rate_per_s=-1\.0 must be a finite number > 0",
+        ),
+        ("simulate", ["experiment.router=round_robbin"], r"experiment\.router.*did you mean round_robin"),
+        ("simulate", ["experiment.arrivals=posson"], r"experiment\.arrivals.*did you mean poisson"),
+        ("simulate", ["experiment.lengths=conversaton"], r"experiment\.lengths.*did you mean conversation"),
+        ("simulate", ["experiment.model=llama-3.1-80b"], r"experiment\.model.*did you mean llama-3\.1-8b"),
+        ("simulate", ["experiment.draft=llama"], r"unknown experiment\.draft 'llama'"),
+        (
+            "simulate",
+            ["experiment.cv=2"],
+            r"experiment\.cv was given, but it is for experiment\.arrivals=gamma",
+        ),
+        (
+            "simulate",
+            ["experiment.arrivals=mmpp"],
+            r"mmpp needs experiment\.rates_per_s, experiment\.dwell_s",
+        ),
+        (
+            "simulate",
+            ["experiment.lengths=fixed"],
+            r"fixed needs experiment\.prompt_len, experiment\.output_len",
+        ),
+        ("simulate", ["experiment.arrivals=trace"], r"experiment\.trace has no value"),
+        ("simulate", ["experiment.trace=a.csv"], r"experiment\.trace=a\.csv is not used"),
+        ("simulate", ["experiment.num_requests=null"], r"num_requests is null: only a trace has an end"),
+        ("simulate", ["experiment.workers=0"], r"experiment\.workers=0 must be"),
+        ("policy_sweep", ["experiment.loads=[0.5,0]"], r"experiment\.loads=0\.0 must be"),
+        ("policy_sweep", ["experiment.only=[statc]"], r"experiment\.only.*did you mean static"),
+        ("policy_sweep", ["experiment.arrivals=all_at_once"], r"all_at_once has no rate to sweep"),
+        (
+            "policy_sweep",
+            ["+experiment.policies.mine.polcy=1"],
+            r"experiment\.policies\.mine.*did you mean policy",
+        ),
+        ("sim_bench", ["experiment.cases=[azure]"], r"experiment\.cases.*known: azure_fixed"),
+        ("sim_bench", ["experiment.max_requests=10"], r"max_requests=10 must be >= 1000"),
         ("quickstart", ["workload=file"], r"workload\.prompts has no value"),
         ("quickstart", ["drafter.name=synthetic"], r"choose it with drafter=synthetic"),
         ("quickstart", ["~drafter"], r"drafter has no value"),
