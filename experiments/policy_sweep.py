@@ -130,7 +130,13 @@ def simulate_cell(config: Config, key: str, name: str, rate_per_s: float | None)
     source = simulations.source(config, rate_per_s or 1.0)
     if rate_per_s is None:
         source = simulations.at_once(source)
-    result = simulate(source, _cluster(config, name), seed=config.seed, slo=simulations.slo(config))
+    result = simulate(
+        source,
+        _cluster(config, name),
+        seed=config.seed,
+        slo=simulations.slo(config),
+        prediction_error=config.experiment.prediction_error,
+    )
     summary = result.summary
     latency, good = summary.get("latency", {}), summary.get("goodput", {})
     return {

@@ -29,6 +29,7 @@ from specdec.workload import Poisson, RequestSource, SessionShape, SyntheticSour
 
 MODEL = "llama-3.1-8b"
 MAX_MODEL_LEN, BLOCK_SIZE = 16_384, 16
+MAX_TOKENS = 2048  # what a server allows by default: the scheduler does not know how long an answer will be
 SLO = Slo(ttft_s=1.0, tpot_s=0.05)
 
 
@@ -56,9 +57,8 @@ def cluster(
 
 
 def azure_fixed(options: dict[str, Any]) -> tuple[RequestSource, ClusterSpec]:
-    source = SyntheticSource(
-        Poisson(options["rate_per_s"]), azure_like("conversation"), options["num_requests"], options["seed"]
-    )
+    arrivals, lengths = Poisson(options["rate_per_s"]), azure_like("conversation")
+    source = SyntheticSource(arrivals, lengths, options["num_requests"], options["seed"], MAX_TOKENS)
     fixed = {"name": "fixed", "max_drafts": 4}
     return source, cluster(options, fixed, router="round_robin", prefix_caching=False)
 

@@ -81,6 +81,7 @@ def _simulate(
             # Several processes cannot report to one bar.
             progress=(lambda number, _: bar.update(task, completed=number)) if alone else None,
             until_s=math.inf if options.until_s is None else options.until_s,
+            prediction_error=options.prediction_error,
             workers=options.workers,
         )
 

@@ -122,7 +122,8 @@ class SimulationConfig:
     blocks in host memory for preempted requests, moved at host_link_bytes_per_s (PCIe 4.0 x16 unless given).
     until_s: stop then. workers: processes for one simulation; its replicas must be independent. trace_steps:
     record every step; null is for at most 2,000 requests and one worker. sweep_jobs: runs of a --multirun that go
-    at the same time, -1 for one per core (see conf/hydra/launcher/local.yaml).
+    at the same time, -1 for one per core (see conf/hydra/launcher/local.yaml). prediction_error: of the output
+    lengths that the order sjf goes by, as the standard deviation of their logarithm; null predicts nothing.
     """
 
     name: str = "simulate"
@@ -166,6 +167,7 @@ class SimulationConfig:
     workers: int = 1
     trace_steps: bool | None = None
     sweep_jobs: int = -1
+    prediction_error: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("experiment.model", self.model, MODEL_SHAPES)
@@ -179,6 +181,8 @@ class SimulationConfig:
         self._check_belonging("arrivals", self.arrivals, ARRIVALS)
         self._check_belonging("lengths", self.length_law, LENGTHS)
         self._check_trace()
+        error = self.prediction_error
+        require(error is None or error >= 0.0, f"experiment.prediction_error={error} must be >= 0, or null")
         require(self.sweep_jobs != 0, "experiment.sweep_jobs=0 must be >= 1, or -1 for one per core")
 
     @property
@@ -309,11 +313,11 @@ class SimBenchConfig:
 
     name: str = "sim_bench"
     cases: list[str] = field(default_factory=lambda: list(SIM_CASES))
-    num_requests: int = 10_000
-    num_prefix_requests: int = 2000
-    max_requests: int = 10_000
+    num_requests: int = 50_000
+    num_prefix_requests: int = 10_000
+    max_requests: int = 30_000
     replicas: int = 8
-    rate_per_s: float = 150.0
+    rate_per_s: float = 200.0
     million: bool = False
 
     def __post_init__(self) -> None:

@@ -170,20 +170,21 @@ class Goodput:
         some = rows[decoding]
         accepted = table.num_accepted[some] + self.prior_accepted
         alpha = accepted / (accepted + table.num_rejected[some] + self.prior_rejected)
-        lengths = np.arange(1, self.max_drafts + 1)
-        worth = (alpha[:, None] ** lengths).ravel()
-        length = np.tile(lengths, decoding.size)
-        order = np.lexsort((length, -worth))
-        target_s = self._seconds(np.arange(decoding.size, decoding.size + order.size + 1))
-        best_rate, chosen = decoding.size / target_s[0], order[:0]
-        for longest in range(1, self.max_drafts + 1):  # the drafter's time depends on the longest draft alone
-            allowed = order[length[order] <= longest]
-            tokens = decoding.size + np.cumsum(worth[allowed])
+        # All first drafts, then all second ones, …: a stable sort keeps a row's drafts in order where worths tie.
+        num_rows = decoding.size
+        worth = np.cumprod(np.broadcast_to(alpha, (self.max_drafts, num_rows)), axis=0).ravel()
+        order = np.argsort(-worth, kind="stable")
+        target_s = self._seconds(np.arange(num_rows, num_rows + order.size + 1))
+        best_rate, chosen = num_rows / target_s[0], order[:0]
+        # The drafter's time depends on the longest draft alone; where it takes none, longer is never worse.
+        for longest in range(1 if self.draft_step_s else self.max_drafts, self.max_drafts + 1):
+            allowed = order[order < longest * num_rows]
+            tokens = num_rows + np.cumsum(worth[allowed])
             rates = tokens / (target_s[1 : allowed.size + 1] + self.draft_step_s * longest)
             place = int(np.argmax(rates))
             if rates[place] > best_rate:
                 best_rate, chosen = rates[place], allowed[: place + 1]
-        counts[decoding] = np.bincount(chosen // self.max_drafts, minlength=decoding.size)
+        counts[decoding] = np.bincount(chosen % num_rows, minlength=num_rows)
         return counts
 
     def _seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
