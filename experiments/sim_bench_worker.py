@@ -65,7 +65,8 @@ def azure_fixed(options: dict[str, Any]) -> tuple[RequestSource, ClusterSpec]:
 
 def goodput_prefix(options: dict[str, Any]) -> tuple[RequestSource, ClusterSpec]:
     starts, lengths = Poisson(options["rate_per_s"] / mean_turns()), azure_like("conversation")
-    shape = SessionShape(max_context_len=MAX_MODEL_LEN, hash_block_size=BLOCK_SIZE)
+    # Short thoughts, so that the stream soon flows at its rate.
+    shape = SessionShape(think_time_s=2.0, max_context_len=MAX_MODEL_LEN, hash_block_size=BLOCK_SIZE)
     source = sessions(starts, lengths, options["num_requests"], options["seed"], shape)
     goodput = {"name": "goodput", "max_drafts": 4, "step_tokens": []}
     return source, cluster(options, goodput, router="prefix_affinity", prefix_caching=True)

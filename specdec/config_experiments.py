@@ -314,7 +314,7 @@ class SimBenchConfig:
     name: str = "sim_bench"
     cases: list[str] = field(default_factory=lambda: list(SIM_CASES))
     num_requests: int = 50_000
-    num_prefix_requests: int = 10_000
+    num_prefix_requests: int = 8000
     max_requests: int = 30_000
     replicas: int = 8
     rate_per_s: float = 200.0
