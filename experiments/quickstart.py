@@ -21,14 +21,14 @@ from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
 
 COLUMNS = {
-    "mode": "decoding",
+    "mode": "drafter",
     "tau": "τ",
     "tok_s": "tok/s",
     "speedup": "speed-up",
     "drafted": "drafted",
     "accepted": "accepted",
-    "draft_share": "time drafting",
-    "equal": "equal outputs",
+    "draft_share": "drafting",
+    "equal": "equal",
 }
 WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
 
