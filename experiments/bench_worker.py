@@ -10,11 +10,12 @@ first line out reports start-up: ``{"ready": …, "startup_s": …}``.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
+
+from experiments.memory import own_peak_mb
 
 PROCESS_START = time.perf_counter()
 
@@ -178,7 +179,7 @@ def answer(peer: Peer, case: dict[str, Any]) -> dict[str, Any]:
     if "verify_tokens" in case:
         assert isinstance(peer, Specdec)
         seconds = peer.verify_step(case["context"], case["verify_tokens"], case["repeats"])
-        return {"seconds": seconds, "peak_rss_mb": peak_rss_mb()}
+        return {"seconds": seconds, "peak_rss_mb": own_peak_mb()}
     begin = time.perf_counter()
     outputs = peer.generate(case["prompts"], case["new_tokens"])
     seconds = time.perf_counter() - begin
@@ -186,13 +187,9 @@ def answer(peer: Peer, case: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tokens": sum(map(len, outputs)),
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": own_peak_mb(),
         "outputs": outputs,
     }
-
-
-def peak_rss_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def reply(message: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
 
 COLUMNS = {
-    "mode": "drafter",
+    "mode": "decoding",
     "tau": "τ",
     "tok_s": "tok/s",
     "speedup": "speed-up",

@@ -12,11 +12,11 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import simpy
 
+from experiments.memory import own_peak_mb
 from experiments.simulations import mean_turns, sessions, with_step_times
 from sim.cluster_spec import ClusterSpec, ReplicaSpec
 from sim.cost_model import kv_blocks, roofline_cost_model
@@ -123,15 +123,7 @@ def _cpu_s() -> float:
 def _peak_rss_mb(workers: int) -> float:
     """This process's peak and, at most, those of its workers: the kernel keeps that of the largest child only."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if workers > 1 else 0
-    return (_own_peak_kb() + workers * children) / 1024
-
-
-def _own_peak_kb() -> int:
-    # Linux hands ru_maxrss of the parent on to a process that it starts, but not this figure.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return own_peak_mb() + workers * children / 1024
 
 
 if __name__ == "__main__":

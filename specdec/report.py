@@ -37,7 +37,7 @@ def summary_table(
         if not any(key in row for row in rows):
             raise ValueError(f"column {key!r} is in no row: known are {', '.join(rows[0])}")
         numeric = all(_is_number(row.get(key)) for row in rows)
-        table.add_column(headings[key], justify="right" if numeric else "left", no_wrap=numeric or key == keys[0])
+        table.add_column(headings[key], justify="right" if numeric else "left", no_wrap=numeric)
     for row in rows:
         table.add_row(*(format_value(row.get(key)) for key in keys))
     return table

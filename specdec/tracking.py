@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ def environment(**values: str) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def wide_console() -> Console:
+    """A console of the terminal's width; of a file or a pipe, one that tables fit into."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,7 +73,7 @@ class Run:
     """
 
     directory: Path
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=wide_console)
     _wandb: Any = None
     _closing: ExitStack = field(default_factory=ExitStack)
 
