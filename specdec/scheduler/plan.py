@@ -1,7 +1,7 @@
 """The two messages of a step: the scheduler's :class:`StepPlan` and the executor's :class:`StepOutcome`.
 
 Both are immutable records of numpy arrays over the R scheduled rows, so a trace of them is all that an exact
-replay needs. They are named tuples because millions are made, and a frozen dataclass takes five times as long.
+replay needs. They are named tuples because millions are made, and a frozen dataclass takes nearly twice as long.
 """
 
 from __future__ import annotations
