@@ -6,9 +6,22 @@ distribution equal to the target's. The arithmetic is the same for float arrays 
 
 >>> num_accepted, next_token = verify_chains("token", target_probs, draft_probs, draft_tokens, num_drafts,
 ...                                          accept_uniforms, residual_uniforms)
+>>> path, next_token = verify("traversal", tree, tokens, target_probs, draft_probs, generator)
 """
 
 from specdec.verify.chains import CHAIN_RULES, chain_rule, verify_chains
-from specdec.verify.greedy import verify_greedy
+from specdec.verify.greedy import verify_greedy, verify_greedy_tree
+from specdec.verify.trees import RULES, TREE_RULES, verify, verify_tree, verify_trees
 
-__all__ = ["CHAIN_RULES", "chain_rule", "verify_chains", "verify_greedy"]
+__all__ = [
+    "CHAIN_RULES",
+    "RULES",
+    "TREE_RULES",
+    "chain_rule",
+    "verify",
+    "verify_chains",
+    "verify_greedy",
+    "verify_greedy_tree",
+    "verify_tree",
+    "verify_trees",
+]

@@ -1,11 +1,15 @@
-"""Greedy verification: keep drafts while they are the target's argmax."""
+"""Greedy verification of chains and trees: keep drafts while they are the target's argmax."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from specdec.tree.topology import ROOT, Tree
 from specdec.verify.base import IntArray
+from specdec.verify.tree_base import check_siblings
 
 
 def verify_greedy(
@@ -26,3 +30,32 @@ def verify_greedy(
     num_accepted = np.cumprod(matches, axis=1).sum(axis=1)
     next_token = target_argmax[np.arange(num_accepted.size), num_accepted]
     return num_accepted.astype(np.int32), next_token.astype(np.int64)
+
+
+def verify_greedy_tree(
+    tree: Tree, tokens: IntArray, target_argmax: Callable[[int], int] | IntArray
+) -> tuple[list[int], int]:
+    """Greedy verification of one draft tree: from the root, step to the child that is the target's argmax.
+
+    Args:
+        tree: n nodes.
+        tokens: [n].
+        target_argmax: [n + 1], the target's most likely token after the root and after each node; or a function
+            from such an entry to it, called for visited nodes only.
+
+    Returns:
+        path, the accepted nodes from the root down, and the target's own token after them.
+
+    Raises:
+        ValueError: siblings with the same token.
+    """
+    check_siblings(tree, tokens[None])
+    path: list[int] = []
+    node = ROOT
+    while True:
+        token = int(target_argmax(node + 1) if callable(target_argmax) else target_argmax[node + 1])
+        matching = [child for child in tree.children_of(node) if tokens[child] == token]
+        if not matching:
+            return path, token
+        node = matching[0]
+        path.append(node)

@@ -1,11 +1,6 @@
-"""Chi-square of the emitted tokens, through ``verify_chains`` with the engine's uniforms, and negative controls.
-
-Bins expected below 5 are merged; the threshold is df + 10 √(2 df), ten standard deviations of the statistic.
-"""
+"""Chi-square of the emitted tokens, through ``verify_chains`` with the engine's uniforms, and negative controls."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,41 +9,19 @@ from specdec.random import Stream, uniforms
 from specdec.verify import CHAIN_RULES, verify_chains
 from specdec.verify.base import ChainRule, Chains
 from specdec.verify.numerics import inverse_cdf
+from tests.verify.chi_square import (
+    NUM_DRAFTS,
+    NUM_TRIALS,
+    SEED,
+    Model,
+    excess,
+    fill_up,
+    make_model,
+    marginals,
+    worst_excess,
+)
 
-NUM_DRAFTS = 3
-NUM_TRIALS = 200_000
 LARGE_TRIALS = 100_000
-SEED = np.uint64(20240229)
-
-
-@dataclass(frozen=True)
-class Model:
-    """Distributions after each of ``contexts`` = previous token modulo the number of contexts, float32.
-
-    ``target`` and ``draft`` are [NUM_DRAFTS + 1, contexts, V]; the first token follows context 0.
-    """
-
-    target: np.ndarray
-    draft: np.ndarray
-
-    @property
-    def num_contexts(self) -> int:
-        return self.target.shape[1]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.target.shape[2]
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
-
-
-def make_model(vocab_size: int, num_contexts: int) -> Model:
-    rng = np.random.default_rng(vocab_size)
-    logits = 1.5 * rng.standard_normal((NUM_DRAFTS + 1, num_contexts, vocab_size))
-    return Model(softmax(logits), softmax(logits + rng.standard_normal(logits.shape)))
 
 
 def speculate(model: Model, rule: str, trials: np.ndarray, accept_stream: Stream, deterministic: bool):
@@ -77,18 +50,6 @@ def speculate(model: Model, rule: str, trials: np.ndarray, accept_stream: Stream
     return fill_up(model, np.stack(tokens, axis=1), num_accepted, next_token, trials), num_accepted
 
 
-def fill_up(model: Model, tokens, num_accepted, next_token, trials) -> np.ndarray:
-    """Positions after ``next_token``, drawn plainly from the target with noise of another seed."""
-    emitted = np.concatenate([tokens, np.zeros_like(tokens[:, :1])], axis=1)
-    emitted[np.arange(trials.size), num_accepted] = next_token
-    noise = uniforms(np.full(trials.size, SEED + np.uint64(1)), trials, Stream.DRAFT, NUM_DRAFTS + 1)
-    for position in range(1, NUM_DRAFTS + 1):
-        rows = np.flatnonzero(position > num_accepted)
-        law = model.target[position][emitted[rows, position - 1] % model.num_contexts]
-        emitted[rows, position] = inverse_cdf(law, noise[rows, position])
-    return emitted
-
-
 def run(model: Model, rule: str, accept_stream=Stream.ACCEPT, deterministic=False, num_trials=NUM_TRIALS):
     chunk = max(1, 2**22 // (model.vocab_size * (NUM_DRAFTS + 1)))
     parts = [
@@ -102,37 +63,6 @@ def run(model: Model, rule: str, accept_stream=Stream.ACCEPT, deterministic=Fals
         for i in range(0, num_trials, chunk)
     ]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-
-def marginals(model: Model) -> list[np.ndarray]:
-    """Exact law of the token at each position, float64 [V] each."""
-    context_law = np.eye(model.num_contexts)[0]
-    laws = []
-    for position in range(NUM_DRAFTS + 1):
-        laws.append(context_law @ model.target[position].astype(np.float64))
-        context = np.arange(model.vocab_size) % model.num_contexts
-        context_law = np.bincount(context, weights=laws[-1], minlength=model.num_contexts)
-    return laws
-
-
-def excess(tokens: np.ndarray, law: np.ndarray) -> float:
-    """(chi-square − df) / √(2 df): standard deviations above its mean."""
-    expected = law / law.sum() * tokens.size
-    observed = np.bincount(tokens, minlength=law.size).astype(np.float64)
-    order = np.argsort(expected)
-    expected, observed = expected[order], observed[order]
-    # Merge from the small end until the merged bin and all others hold 5 or more.
-    merged = max(np.searchsorted(expected, 5.0), 1)
-    while expected[:merged].sum() < 5:
-        merged += 1
-    expected = np.append(expected[merged:], expected[:merged].sum())
-    observed = np.append(observed[merged:], observed[:merged].sum())
-    degrees = expected.size - 1
-    return float((((observed - expected) ** 2 / expected).sum() - degrees) / np.sqrt(2 * degrees))
-
-
-def worst_excess(model: Model, emitted: np.ndarray) -> float:
-    return max(excess(emitted[:, i], law) for i, law in enumerate(marginals(model)))
 
 
 SMALL = make_model(16, 16)
