@@ -7,6 +7,7 @@ out. A rejected draft needs no clean-up, since its slots are written again befor
 from __future__ import annotations
 
 import torch
+from specdec_kernels.compact_kv import compact_kv
 from torch import Tensor
 
 
@@ -36,6 +37,14 @@ class KVCache:
         """Copy whole blocks, int64 [C] each; all sources are read before any destination is written."""
         for cache in (*self.k, *self.v):
             cache[destinations] = cache[sources]
+
+    def move_slots(self, sources: Tensor, destinations: Tensor) -> None:
+        """Move single tokens' keys and values between slots, int64 [S] each, in all layers.
+
+        All sources are read before any destination is written.
+        """
+        for cache in (*self.k, *self.v):
+            compact_kv(cache, sources, destinations)
 
     @staticmethod
     def bytes_per_block(

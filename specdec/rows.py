@@ -102,6 +102,7 @@ class RowState:
         self.num_known[rows] += counts
 
     def count_positions(self, rows: LongArray, num_drafted: IntArray, num_accepted: IntArray) -> None:
+        """Count positions up to ``num_drafted`` [R], the depth of a tree, as drafted and some of them as accepted."""
         positions = np.arange(self.position_drafted.shape[1])
         self.position_drafted[rows] += positions < num_drafted[:, None]
         self.position_accepted[rows] += positions < num_accepted[:, None]
@@ -124,6 +125,9 @@ class StepInput:
         start: int32 [R], position of each row's first token.
         counts: int32 [R], tokens of each row.
         logit_counts: int32 [R], how many of each row's last tokens need logits.
+        depths: int32 [T], what each token's position is beyond its row's start; ``None``: its index in the row.
+        tree_mask: int64 [T, 2], see ``ForwardBatch``. The nodes of a tree are read from behind the known tokens and
+            stored in the same order, whatever their positions.
 
     Attributes:
         token_ids, positions, slot_mapping: int64 [T].
@@ -131,6 +135,7 @@ class StepInput:
         context_lens: int32 [R], ``start``.
         block_tables: int32 [R, max_blocks].
         logit_rows: int64 [N], indices into T.
+        tree_mask: as given.
     """
 
     def __init__(
@@ -142,15 +147,21 @@ class StepInput:
         start: IntArray,
         counts: IntArray,
         logit_counts: IntArray,
+        *,
+        depths: IntArray | None = None,
+        tree_mask: LongArray | None = None,
     ) -> None:
         self.query_start = np.zeros(rows.size + 1, np.int32)
         np.cumsum(counts, out=self.query_start[1:])
         self.context_lens = start
-        self.positions = np.repeat(start.astype(np.int64), counts) + ragged_arange(counts)
+        starts = np.repeat(start.astype(np.int64), counts)
+        index = starts + ragged_arange(counts)
+        self.positions = index if depths is None else starts + depths
+        self.tree_mask = tree_mask
         row_of = np.repeat(rows, counts)
-        self.token_ids = state.tokens[row_of, self.positions].astype(np.int64)
-        blocks = block_table[row_of, self.positions // block_size].astype(np.int64)
-        self.slot_mapping = blocks * block_size + self.positions % block_size
+        self.token_ids = state.tokens[row_of, index].astype(np.int64)
+        blocks = block_table[row_of, index // block_size].astype(np.int64)
+        self.slot_mapping = blocks * block_size + index % block_size
         longest = int((start + counts).max()) if rows.size else 0
         self.block_tables = np.ascontiguousarray(block_table[rows, : -(-longest // block_size)])
         first = self.query_start[1:].astype(np.int64) - logit_counts

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from numpy.typing import NDArray
 from specdec_kernels import cpu_decoder
+from specdec_kernels.paged_attention import check_tree_mask
 from torch import Tensor
 
 from specdec.kv_cache import KVCache
-from specdec.model.batch import ForwardBatch
+from specdec.model.batch import Captured, ForwardBatch
 from specdec.model.config import ModelConfig
 from specdec.model.decoder import Decoder
 from specdec.model.weights import LoadedModel
@@ -46,12 +47,15 @@ class Runner(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
-    def forward(self, batch: StepInput, layers: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, batch: StepInput, layers: Sequence[int] | None = None, captured: Captured | None = None
+    ) -> Tensor:
         """Compute the batch's tokens, storing their keys and values.
 
         Args:
             batch: legend in ``StepInput``.
             layers: run only these decoder layers (self-speculation).
+            captured: filled with the residual stream behind its layers.
 
         Returns:
             logits float32 [N, V] of ``batch.logit_rows``.
@@ -60,6 +64,13 @@ class Runner(Protocol):
 
     def copy_blocks(self, copies: IntArray) -> None:
         """Copy KV blocks, int32 [C, 2] pairs (source, destination)."""
+        ...
+
+    def move_slots(self, sources: LongArray, destinations: LongArray) -> None:
+        """Move single tokens' keys and values between slots, int64 [S] each, in all layers.
+
+        All sources are read before any destination is written; destinations are distinct.
+        """
         ...
 
     def read_blocks(self, blocks: LongArray) -> list[Tensor]:
@@ -85,10 +96,14 @@ class EagerRunner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: StepInput, layers: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, batch: StepInput, layers: Sequence[int] | None = None, captured: Captured | None = None
+    ) -> Tensor:
         def put(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
+        if batch.tree_mask is not None:
+            check_tree_mask(batch.tree_mask, batch.query_start)
         hidden = self.decoder.forward(
             ForwardBatch(
                 token_ids=put(batch.token_ids),
@@ -98,9 +113,11 @@ class EagerRunner:
                 block_tables=put(batch.block_tables),
                 slot_mapping=put(batch.slot_mapping),
                 logit_rows=put(batch.logit_rows),
+                tree_mask=None if batch.tree_mask is None else put(batch.tree_mask),
             ),
             self.kv_cache,
             layers=layers,
+            captured=captured,
         )
         return self.decoder.logits(hidden[put(batch.logit_rows)])
 
@@ -108,6 +125,11 @@ class EagerRunner:
         if copies.size:
             pairs = torch.from_numpy(copies).to(self.device, torch.int64)
             self.kv_cache.copy_blocks(pairs[:, 0], pairs[:, 1])
+
+    def move_slots(self, sources: LongArray, destinations: LongArray) -> None:
+        if sources.size:
+            moved = (torch.from_numpy(slots).to(self.device) for slots in (sources, destinations))
+            self.kv_cache.move_slots(*moved)
 
     def read_blocks(self, blocks: LongArray) -> list[Tensor]:
         return _read_blocks(self.kv_cache, blocks)
@@ -125,7 +147,9 @@ class NativeRunner:
         self.decoder = cpu_decoder.CpuDecoder(native_spec(model.config), model.weights)
         self.kv_cache = self.decoder.new_kv_cache(num_blocks, block_size)
 
-    def forward(self, batch: StepInput, layers: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, batch: StepInput, layers: Sequence[int] | None = None, captured: Captured | None = None
+    ) -> Tensor:
         return self.decoder.forward(
             batch.token_ids,
             batch.positions,
@@ -136,11 +160,18 @@ class NativeRunner:
             batch.logit_rows,
             self.kv_cache,
             layers=layers,
+            capture=captured.layers if captured else (),
+            captured=captured.hidden if captured else None,
+            tree_mask=batch.tree_mask,
         )
 
     def copy_blocks(self, copies: IntArray) -> None:
         if copies.size:
             self.kv_cache.copy_blocks(copies[:, 0], copies[:, 1])
+
+    def move_slots(self, sources: LongArray, destinations: LongArray) -> None:
+        if sources.size:
+            self.kv_cache.move_slots(sources, destinations)
 
     def read_blocks(self, blocks: LongArray) -> list[Tensor]:
         return _read_blocks(self.kv_cache, blocks)

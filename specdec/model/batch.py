@@ -1,9 +1,11 @@
-"""What one forward pass computes: a ragged batch of tokens and where their keys and values go."""
+"""What one forward pass computes: a ragged batch of tokens, where their keys and values go, what else is kept."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +21,8 @@ class ForwardBatch:
         block_tables: int32 [R, max_blocks], KV blocks in order; entries beyond a row's use are ignored.
         slot_mapping: int64 [T], ``block * block_size + offset`` where each token's keys and values go.
         logit_rows: int64 [N], indices into T.
+        tree_mask: int64 [T, 2], which tokens of its row in this step a token sees, see
+            ``specdec_kernels.paged_attention.tree_mask``; ``None`` if all are causal.
     """
 
     token_ids: Tensor
@@ -28,3 +32,29 @@ class ForwardBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     logit_rows: Tensor
+    tree_mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Where a forward pass leaves the residual stream behind some decoder layers.
+
+    The final norm's input is that of the last layer.
+
+    Attributes:
+        layers: C indices; each must be among the layers that are run.
+        hidden: float32 [C, T, hidden_size], contiguous, on the model's device; filled by the pass.
+    """
+
+    layers: Sequence[int]
+    hidden: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        layers: Sequence[int],
+        num_tokens: int,
+        hidden_size: int,
+        device: torch.device | str = "cpu",
+    ) -> Captured:
+        return cls(layers, torch.empty(len(layers), num_tokens, hidden_size, device=device))

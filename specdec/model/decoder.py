@@ -18,7 +18,7 @@ from specdec_kernels.rope import rope
 from specdec_kernels.silu_mul import gelu_mul, silu_mul
 from torch import Tensor
 
-from specdec.model.batch import ForwardBatch
+from specdec.model.batch import Captured, ForwardBatch
 from specdec.model.config import ModelConfig
 
 
@@ -109,12 +109,17 @@ class Decoder:
         )
 
     def forward(
-        self, batch: ForwardBatch, kv_cache: PagedCache, layers: Sequence[int] | None = None
+        self,
+        batch: ForwardBatch,
+        kv_cache: PagedCache,
+        layers: Sequence[int] | None = None,
+        captured: Captured | None = None,
     ) -> Tensor:
         """Compute the batch's tokens and store their keys and values.
 
         Args:
             layers: run only these layers, in this order (self-speculation by layer skipping).
+            captured: filled with the outputs of its layers.
 
         Returns:
             hidden states before the final norm, [T, hidden_size].
@@ -123,7 +128,12 @@ class Decoder:
         hidden = F.embedding(batch.token_ids, self._embed)
         if config.embedding_scale != 1.0:
             hidden = hidden * torch.tensor(config.embedding_scale, dtype=self.dtype, device=self.device)
-        for index in range(config.num_layers) if layers is None else layers:
+        chosen = range(config.num_layers) if layers is None else layers
+        places = {} if captured is None else {layer: place for place, layer in enumerate(captured.layers)}
+        assert places.keys() <= set(chosen), (
+            f"layers {list(places)} are not all among those run, {list(chosen)}"
+        )
+        for index in chosen:
             layer = self._layers[index]
             attended = self._attention(layer, batch, self._norm(hidden, layer.attn_norm), kv_cache, index)
             if layer.post_attn_norm is not None:
@@ -134,6 +144,8 @@ class Decoder:
             if layer.post_mlp_norm is not None:
                 mixed = self._norm(mixed, layer.post_mlp_norm)
             hidden = hidden + mixed
+            if captured is not None and index in places:
+                captured.hidden[places[index]] = hidden
         return hidden
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -162,6 +174,8 @@ class Decoder:
             batch.block_tables,
             config.attention_scale,
             layer.sliding_window,
+            tree_mask=batch.tree_mask,
+            positions=batch.positions,
         )
         return F.linear(out.flatten(1), layer.o, layer.o_bias)
 

@@ -99,6 +99,8 @@ def library(flavour: str | None = None) -> ctypes.CDLL:
     lib.specdec_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     lib.specdec_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     lib.specdec_forward.restype = None
+    lib.specdec_move_slots.argtypes = [ctypes.c_void_p]
+    lib.specdec_move_slots.restype = None
     if flavour == "amx" and lib.specdec_enable_amx() != 0:
         raise OSError("the operating system refuses AMX tile state to this process")
     return lib

@@ -33,9 +33,16 @@ struct Model {
 struct Step {
   const int64_t *token_ids, *positions, *slots, *logit_rows;
   const int32_t *query_start, *context_lens, *block_tables, *layers, *capture;
+  const uint64_t* tree_mask;  // [T][2], or null: all tokens are causal
   bf16 *const *keys, *const *values;
   float *logits, *captured;  // [N][vocab]; [num_capture][T][hidden]
   int32_t num_tokens, num_rows, num_logits, max_blocks, block_size, num_layers, num_capture, num_threads;
+};
+
+struct Moves {
+  bf16 *const *keys, *const *values;
+  const int64_t *sources, *destinations;
+  int32_t num_slots, num_layers, block_size, kv_heads, head_dim;
 };
 
 // 0, or -1 if the kernel refuses AMX.
@@ -112,21 +119,46 @@ class StepRunner {
  private:
   void plan_attention() {
     const int share = m_.heads / m_.kv_heads, per_tile = 16 / share;
+    if (s_.tree_mask) paths_.resize(s_.num_tokens);
     for (int row = 0; row < s_.num_rows; ++row) {
-      const int count = s_.query_start[row + 1] - s_.query_start[row];
+      const int first = s_.query_start[row], count = s_.query_start[row + 1] - first, context = s_.context_lens[row];
       const int32_t* table = s_.block_tables + int64_t(row) * s_.max_blocks;
-      longest_ = std::max(longest_, s_.context_lens[row] + count);
+      const Path* paths = s_.tree_mask ? plan_paths(first, count) : nullptr;
+      longest_ = std::max(longest_, context + count);
       for (int at = 0; at < count; at += per_tile)
-        for (int h = 0; h < m_.kv_heads; ++h)
-          items_.push_back({s_.query_start[row] + at, std::min(per_tile, count - at), s_.context_lens[row] + at, h, table});
+        for (int h = 0; h < m_.kv_heads; ++h) {
+          AttentionItem item{first + at, std::min(per_tile, count - at), context + at, 0, h, table};
+          item.end = item.position + item.num_tokens;
+          if (paths) {
+            item.position = context;
+            item.end = context + count;
+            item.paths = paths + at;
+            item.positions = s_.positions + first;
+          }
+          items_.push_back(item);
+        }
     }
+  }
+
+  // Null if all tokens of the row are causal.
+  const Path* plan_paths(int first, int count) {
+    const uint64_t* mask = s_.tree_mask + int64_t(first) * 2;
+    if (std::none_of(mask, mask + count * 2, [](uint64_t word) { return word; })) return nullptr;
+    for (int i = 0; i < count; ++i, mask += 2) {
+      Path& path = paths_[first + i];
+      path = {s_.positions[first + i], 0};
+      const bool is_causal = !(mask[0] | mask[1]);
+      for (int j = 0; j < count; ++j)
+        if (is_causal ? j <= i : mask[j / 64] >> j % 64 & 1) path.tokens[path.length++] = uint8_t(j);
+    }
+    return paths_.data() + first;
   }
 
   void allocate(Workspace& workspace) {
     const size_t tokens = round_up(std::max(s_.num_tokens, s_.num_logits), 32), length = row_stride(longest_);
     const size_t q_size = size_t(m_.heads) * m_.head_dim, d = m_.head_dim;
     const size_t per_token = 8 * m_.hidden + 4 * qkv_size_ + sizeof(Input) * (m_.hidden + 2 * q_size + m_.intermediate);
-    const size_t per_thread = 16 * (sizeof(Input) + 4) * (d + length) + 32 * d + 1024;
+    const size_t per_thread = 16 * (sizeof(Input) + 4) * (d + length) + 2 * TAIL_TOKENS * d + 1024;
     workspace.reserve(tokens * per_token + per_thread * s_.num_threads + 4096);
     b_.x = workspace.take<float>(tokens * m_.hidden);
     b_.projected = workspace.take<float>(tokens * m_.hidden);
@@ -138,7 +170,7 @@ class StepRunner {
     for (int i = 0; i < s_.num_threads; ++i)
       b_.attention.push_back({workspace.take<Input>(16 * d), workspace.take<float>(16 * length),
                               workspace.take<Input>(16 * length), workspace.take<float>(16 * d),
-                              workspace.take<bf16>(16 * d)});
+                              workspace.take<bf16>(TAIL_TOKENS * d)});
   }
 
   template <class Work>
@@ -297,6 +329,7 @@ class StepRunner {
   CacheShape cache_;
   Buffers b_;
   std::vector<AttentionItem> items_;
+  std::vector<Path> paths_;  // of each token, in steps with trees
   int qkv_size_ = 0, longest_ = 1;
 };
 
@@ -309,5 +342,13 @@ void specdec_free_workspace(void* workspace) { delete static_cast<Workspace*>(wo
 
 void specdec_forward(const Model* model, const Step* step, void* workspace) {
   StepRunner(*model, *step, *static_cast<Workspace*>(workspace)).run();
+}
+
+void specdec_move_slots(const Moves* moves) {
+  const Moves& m = *moves;
+  std::vector<bf16> held(size_t(m.num_slots) * 2 * m.kv_heads * m.head_dim);
+  for (int i = 0; i < m.num_layers; ++i)
+    move_slots(m.keys[i], m.values[i], {m.block_size, m.kv_heads, m.head_dim}, m.sources, m.destinations, m.num_slots,
+               held.data());
 }
 }

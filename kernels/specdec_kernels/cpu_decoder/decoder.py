@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec_kernels.cpu_decoder.build import library
+from specdec_kernels.paged_attention import check_tree_mask
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 HUGE_PAGE = 1 << 21
@@ -96,16 +97,22 @@ class _Model(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in "token_ids positions slots logit_rows query_start context_lens block_tables layers capture keys "
-        "values logits captured".split()
+        for name in "token_ids positions slots logit_rows query_start context_lens block_tables layers capture "
+        "tree_mask keys values logits captured".split()
     ] + [
         (name, ctypes.c_int32)
         for name in "num_tokens num_rows num_logits max_blocks block_size num_layers num_capture num_threads".split()
     ]
 
 
+class _Moves(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "keys values sources destinations".split()] + [
+        (name, ctypes.c_int32) for name in "num_slots num_layers block_size kv_heads head_dim".split()
+    ]
+
+
 class CpuKVCache:
-    """Paged keys and values in the tile layout of ``attention.hpp``, zero-initialised.
+    """Paged keys and values in the tile layout of ``cache.hpp``, zero-initialised.
 
     What a slot held before a request wrote it, a NaN too, never reaches that request: see ``copy_values`` there.
 
@@ -118,6 +125,7 @@ class CpuKVCache:
             raise ValueError(f"block_size={block_size} must be a multiple of 16 for the native backend")
         shape = (num_blocks, spec.num_kv_heads * block_size * spec.head_dim)
         self.block_size, self.num_blocks = block_size, num_blocks
+        self.num_kv_heads, self.head_dim = spec.num_kv_heads, spec.head_dim
         self.k = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(spec.num_layers)]
         self.v = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(spec.num_layers)]
         self.k_pointers = (ctypes.c_void_p * spec.num_layers)(*(t.data_ptr() for t in self.k))
@@ -128,6 +136,29 @@ class CpuKVCache:
         source, destination = (torch.from_numpy(np.asarray(a, np.int64)) for a in (sources, destinations))
         for cache in (*self.k, *self.v):
             cache[destination] = cache[source]
+
+    def move_slots(self, sources: NDArray[np.int64], destinations: NDArray[np.int64]) -> None:
+        """Move single tokens' keys and values between slots, int64 [S] each, in all layers.
+
+        All sources are read before any destination is written; destinations are distinct.
+        """
+        if sources.size == 0:
+            return
+        slots = [np.ascontiguousarray(a, np.int64) for a in (sources, destinations)]
+        assert slots[0].shape == slots[1].shape == (sources.size,)
+        assert min(a.min() for a in slots) >= 0
+        assert max(a.max() for a in slots) < self.num_blocks * self.block_size, "slot outside the cache"
+        moves = _Moves(
+            ctypes.addressof(self.k_pointers),
+            ctypes.addressof(self.v_pointers),
+            *(a.ctypes.data for a in slots),
+            sources.size,
+            len(self.k),
+            self.block_size,
+            self.num_kv_heads,
+            self.head_dim,
+        )
+        library().specdec_move_slots(ctypes.byref(moves))
 
 
 class _Packer:
@@ -268,6 +299,7 @@ class CpuDecoder:
         layers: Sequence[int] | None = None,
         capture: Sequence[int] = (),
         captured: Tensor | None = None,
+        tree_mask: NDArray[np.int64] | None = None,
     ) -> Tensor:
         """Compute T tokens of R rows, storing their keys and values.
 
@@ -278,8 +310,10 @@ class CpuDecoder:
             block_tables: [R, max_blocks].
             logit_rows: [N], indices into T.
             layers: run only these layers.
-            capture: layers whose output (the float32 residual stream) is wanted.
+            capture: layers, among those run, whose output (the float32 residual stream) is wanted.
             captured: float32 [len(capture), T, hidden_size], filled with it.
+            tree_mask: [T, 2], which tokens of its row in this step a token sees, see ``paged_attention/tree_mask.py``;
+                ``None``: all are causal. A node gets the logits, to the bit, of its path decoded token by token.
 
         Returns:
             logits float32 [N, vocab_size].
@@ -293,9 +327,16 @@ class CpuDecoder:
         if token_ids.size == 0:
             return logits
         self._check(longs, ints, kv_cache)
-        assert wanted.size == 0 or (captured is not None and captured.is_contiguous())
+        if tree_mask is not None:
+            check_tree_mask(tree_mask, ints[0])
+            tree_mask = np.ascontiguousarray(tree_mask)
+        if wanted.size:
+            assert captured is not None and captured.is_contiguous() and captured.dtype == torch.float32
+            assert captured.shape == (wanted.size, token_ids.size, spec.hidden_size)
+            assert np.isin(wanted, chosen).all(), f"layers {wanted} are not all among those run, {chosen}"
         step = _Step(
             *(a.ctypes.data for a in (*longs, *ints, chosen, wanted)),
+            tree_mask.ctypes.data if tree_mask is not None else None,
             ctypes.addressof(kv_cache.k_pointers),
             ctypes.addressof(kv_cache.v_pointers),
             logits.data_ptr(),

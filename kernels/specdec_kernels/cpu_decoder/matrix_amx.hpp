@@ -102,13 +102,19 @@ struct Matrix {
     _tile_loadconfig(&config);
   }
 
-  // out[rows][head_dim] = weights [rows][end], rows apart by stride, times the values of sub-blocks begin..end.
-  template <class SubBlock>
+  // out[rows][head_dim] = weights [rows][end], rows apart by stride, times the values of sub-blocks begin..end; with ONTO
+  // added to what out holds, in the same order of sums.
+  template <bool ONTO, class SubBlock>
   static void values(SubBlock&& sub_block, const bf16* weights, int, int head_dim, int begin, int end, int stride,
                      float* out) {
     for (int d = 0; d < head_dim; d += 32) {
-      _tile_zero(0);
-      _tile_zero(1);
+      if (ONTO) {
+        _tile_loadd(0, out + d, head_dim * 4);
+        _tile_loadd(1, out + d + 16, head_dim * 4);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+      }
       for (int at = begin; at < end; at += 16) {
         const bf16* block = sub_block(at) + d * 2;
         _tile_loadd(4, weights + at, stride * 2);

@@ -184,8 +184,9 @@ struct Matrix {
     store(out + at, stride, sums);
   }
 
-  // out[rows][head_dim] = weights [rows][end], rows apart by stride, times the values of sub-blocks begin..end.
-  template <class SubBlock>
+  // out[rows][head_dim] = weights [rows][end], rows apart by stride, times the values of sub-blocks begin..end; with ONTO
+  // added to what out holds, in the same order of sums.
+  template <bool ONTO, class SubBlock>
   static void values(SubBlock&& sub_block, const float* weights, int rows, int head_dim, int begin, int end, int stride,
                      float* out) {
     attention_blocks(rows, [&](auto count, int first) {
@@ -194,17 +195,20 @@ struct Matrix {
       float* target = out + first * head_dim;
       int d = 0;
       for (; d + 16 * WIDTH <= head_dim; d += 16 * WIDTH)
-        values_rows<ROWS, WIDTH>(sub_block, block, head_dim, d, begin, end, stride, target + d);
+        values_rows<ONTO, ROWS, WIDTH>(sub_block, block, head_dim, d, begin, end, stride, target + d);
       if constexpr (WIDTH == 4)
-        if (d < head_dim) values_rows<ROWS, 2>(sub_block, block, head_dim, d, begin, end, stride, target + d);
+        if (d < head_dim) values_rows<ONTO, ROWS, 2>(sub_block, block, head_dim, d, begin, end, stride, target + d);
     });
   }
 
-  template <int ROWS, int WIDTH, class SubBlock>
+  template <bool ONTO, int ROWS, int WIDTH, class SubBlock>
   __attribute__((noinline)) static void values_rows(SubBlock&& sub_block, const float* weights, int head_dim, int d,
                                                     int begin, int end, int stride, float* out) {
     Floats sums[WIDTH][ROWS];
-    clear(sums);
+    if constexpr (ONTO)
+      load(out, head_dim, sums);
+    else
+      clear(sums);
     for (int at = begin; at < end; at += 16) {
       const bf16* block = sub_block(at) + d * 2;
       for (int pair = 0; pair < 8; ++pair, block += head_dim * 2) {

@@ -1,7 +1,7 @@
-"""Causal attention over a paged KV cache, for a ragged batch of prompt chunks, decodes and draft checks.
+"""Attention over a paged KV cache, for a ragged batch of prompt chunks, decodes, draft chains and draft trees.
 
 Legend: T tokens, R rows, Q queries of a row, S keys of a row, H key-value heads, G query heads per key-value
-head, D head dimension.
+head, D head dimension, M tokens that a tree has at most.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows with at most this many queries are padded to a batch; longer ones are computed one by one.
+from specdec_kernels.paged_attention.tree_mask import MAX_TREE_TOKENS, unpack_mask
+
+# Rows with at most this many queries are padded to a batch; longer ones are computed one by one. In a step with trees
+# those of a tree's size are a second batch.
 MAX_PADDED_QUERIES = 32
 
 
@@ -38,8 +41,10 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    tree_mask: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """Attend from each token to its row's context and to the tokens before it in this step.
+    """Attend from each token to its row's context and to the tokens before it in this step, or those of its mask.
 
     The keys and values of this step must have been stored. Slots that no token of the row has written may
     hold anything, NaN included. The softmax is computed in float32.
@@ -51,8 +56,10 @@ def paged_attention(
         context_lens: int32 [R].
         block_tables: int32 [R, max_blocks].
         scale: scores are multiplied by it.
-        sliding_window: how many keys a token sees, itself included.
+        sliding_window: how many positions a token sees, its own included.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
+        tree_mask: int64 [T, 2], see ``tree_mask.py``; ``None`` means that all tokens are causal.
+        positions: int64 [T], which a sliding window needs beside a tree mask: nodes share positions.
 
     Returns:
         [T, H * G, D].
@@ -60,10 +67,8 @@ def paged_attention(
     starts, contexts = query_start.tolist(), context_lens.tolist()
     counts = [end - start for start, end in pairwise(starts)]
     out = torch.zeros_like(q)
-    short = [row for row, count in enumerate(counts) if 0 < count <= MAX_PADDED_QUERIES]
-    groups = [short] if short else []
-    groups += [[row] for row, count in enumerate(counts) if count > MAX_PADDED_QUERIES]
-    for rows in groups:
+    sees_TM = None if tree_mask is None else unpack_mask(tree_mask)
+    for rows in _groups(counts, tree_mask is not None):
         row_index = torch.tensor(rows, device=q.device)
         count_R = torch.tensor([counts[row] for row in rows], device=q.device)
         context_R = torch.tensor([contexts[row] for row in rows], device=q.device)
@@ -75,11 +80,28 @@ def paged_attention(
         )
         token_RQ = query_start[row_index].long()[:, None] + offset_RQ
         k, v = (_gather(cache, block_tables[row_index], num_keys) for cache in (k_cache, v_cache))
-        mask = _visible(context_R[:, None] + offset_RQ, num_keys, sliding_window)
+        index_RQ = context_R[:, None] + offset_RQ
+        if sees_TM is None:
+            mask = _visible(index_RQ, num_keys, sliding_window)
+        else:
+            mask = _visible_in_trees(sees_TM[token_RQ], index_RQ, context_R, count_R, num_keys)
+            if sliding_window is not None:
+                assert positions is not None, "a sliding window needs the positions of a tree's tokens"
+                key_RS = _key_positions(positions, token_RQ[:, 0], context_R, count_R, num_keys)
+                mask &= key_RS[:, None] > positions[token_RQ][:, :, None] - sliding_window
         unused = torch.arange(num_keys, device=q.device) >= (context_R + count_R)[:, None]
         k, v = (x.masked_fill(unused[:, :, None, None], 0).to(q.dtype) for x in (k, v))
         out[token_RQ] = _attend(q[token_RQ], k, v, mask, scale, softcap)
     return out
+
+
+def _groups(counts: list[int], has_trees: bool) -> list[list[int]]:
+    """Which rows are computed together, padded to the longest."""
+    limits = (0, MAX_PADDED_QUERIES, MAX_TREE_TOKENS) if has_trees else (0, MAX_PADDED_QUERIES)
+    groups = [
+        [row for row, count in enumerate(counts) if low < count <= high] for low, high in pairwise(limits)
+    ]
+    return [*filter(None, groups), *([row] for row, count in enumerate(counts) if count > limits[-1])]
 
 
 def _gather(cache: Tensor, block_tables: Tensor, num_keys: int) -> Tensor:
@@ -95,6 +117,27 @@ def _visible(position_RQ: Tensor, num_keys: int, sliding_window: int | None) -> 
     if sliding_window is not None:
         visible &= key_S > position_RQ[:, :, None] - sliding_window
     return visible
+
+
+def _visible_in_trees(
+    sees_RQM: Tensor, index_RQ: Tensor, context_R: Tensor, count_R: Tensor, num_keys: int
+) -> Tensor:
+    """Which keys each query sees by its mask, or, where that is zero, by its index in the row; bool [R, Q, S]."""
+    key_S = torch.arange(num_keys, device=index_RQ.device)
+    own_RS = key_S - context_R[:, None]  # of the keys of this step
+    place_RQS = own_RS.clamp(0, MAX_TREE_TOKENS - 1)[:, None].expand(-1, sees_RQM.shape[1], -1)
+    seen = sees_RQM.gather(2, place_RQS) & (own_RS < count_R[:, None])[:, None]
+    seen |= (own_RS < 0)[:, None]
+    return torch.where(sees_RQM.any(2, keepdim=True), seen, key_S <= index_RQ[:, :, None])
+
+
+def _key_positions(
+    positions: Tensor, first_R: Tensor, context_R: Tensor, count_R: Tensor, num_keys: int
+) -> Tensor:
+    """The position of each key, int64 [R, S]: its index in the context, its token's own in this step."""
+    key_S = torch.arange(num_keys, device=positions.device)
+    own_RS = (key_S - context_R[:, None]).minimum(count_R[:, None] - 1)
+    return torch.where(own_RS < 0, key_S, positions[first_R[:, None] + own_RS.clamp(min=0)])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
