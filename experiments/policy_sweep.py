@@ -24,7 +24,7 @@ from experiments import common, simulations
 from sim.cluster_spec import ClusterSpec
 from sim.simulation import simulate
 from specdec import plots_load
-from specdec.config import Config, choose
+from specdec.config import SIMULATED, Config, choose
 from specdec.report import summary_table
 from specdec.tracking import Run
 
@@ -122,6 +122,7 @@ def _key(config: Config, name: str, rate_per_s: float | None) -> str:
         del options[other]
     parts = [config.experiment.policies[name], rate_per_s, options, config.seed]
     parts += [asdict(config.hardware), asdict(config.acceptance), asdict(config.policy)]
+    parts += [asdict(getattr(config, group)) for group in SIMULATED]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

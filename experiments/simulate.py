@@ -1,7 +1,8 @@
-"""What would it do there? One simulation of a workload on replicas of a chip, with any policy and speculation.
+"""What would it do there? One simulation of a workload on a cluster of a chip, with any policy and speculation.
 
 python -m specdec.run +experiment=simulate hardware=l40s experiment.rate_per_s=3
 python -m specdec.run +experiment=simulate experiment.arrivals=trace experiment.trace=requests.csv
+python -m specdec.run +experiment=simulate cluster=disaggregated cluster.num_decode=2 failures=on
 python -m specdec.run --multirun +experiment=simulate hardware=a100,h100 speculation=off,goodput
 """
 
@@ -11,47 +12,70 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments import common, simulations
+from experiments import bill, common, simulation_tables, simulations
+from experiments.simulation_trace import log_trace
+from sim.cluster_spec import ClusterSpec
 from sim.simulation import SimulationResult
 from sim.simulation import simulate as simulate_source
-from specdec import plots, plots_load
 from specdec.config import Config
-from specdec.report import format_value, latency_rows, summary_table
-from specdec.trace import read_requests, read_steps
 from specdec.tracking import Run
 from specdec.workload import ClosedLoop, RequestSource, SessionSource, SyntheticSource, TraceSource
-
-LATENCY_COLUMNS = {key: key for key in ("latency (ms)", "mean", "p50", "p90", "p99")}
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     options = config.experiment
-    if options.draft and config.speculation.name == "off":
-        raise ValueError(
-            f"experiment.draft={options.draft} was given, but speculation=off never drafts: drop one"
-        )
+    if options.draft and not getattr(config.speculation, "num_drafts", 0):
+        what = "speculation=off" if config.speculation.name == "off" else "speculation.num_drafts=0"
+        raise ValueError(f"experiment.draft={options.draft} was given, but {what} never drafts: drop one")
     cluster, source = simulations.cluster(config), simulations.source(config)
     traced = _is_traced(config, source)
-    limits = cluster.pools["main"].replica.scheduler
     result = _simulate(config, run, cluster, source, run.trace_directory if traced else None)
+    steps = log_trace(config, run, cluster) if traced else None
     summary = result.summary | {
-        "cost": simulations.costs(config, result.summary),
-        "num_blocks": limits.num_blocks,
+        "cost": bill.costs(config, cluster, result.summary),
+        "energy": bill.energy(config, cluster, result.summary),
+        "pools": simulation_tables.pool_rows(
+            cluster, result.summary, steps["peak_kv_share"] if steps else {}
+        ),
         "requests_per_wall_s": result.summary["num_submitted"] / result.wall_s,
     }
-    if traced:
-        summary["peak_kv_share"] = _log_trace(config, run, limits.num_blocks)
-    _show(config, run, summary)
+    if options.draft:
+        summary["drafting"] = _drafting(config, steps)
+    if config.cluster.name == "model_routing":
+        answers = next(row["num_finished"] for row in summary["pools"] if row["pool"] == "small")
+        summary["escalated_share"] = summary["num_escalated"] / answers if answers else math.nan
+    simulation_tables.show(config, run, summary)
+    run.log_table("pools", summary["pools"])
     if summary["num_requests"]:
         run.log_table("latency", [{"latency": name, **row} for name, row in summary["latency"].items()])
     run.log_metrics(_metrics(summary))
     return summary
 
 
+def _drafting(config: Config, steps: dict[str, Any] | None) -> dict[str, Any]:
+    """How long the draft model takes: ``step_s`` on average where it drafts, network included; see ``log_trace``."""
+    options, reason = config.experiment, None
+    if steps is None:
+        reason = (
+            "steps were not recorded: experiment.trace_steps=true does so for one worker and fixed replicas"
+        )
+    elif steps["draft_step_s"] is None:
+        reason = "no step drafted"
+    return {
+        "model": options.draft,
+        "device": options.draft_hardware or config.hardware.name,
+        "round_trip_s": options.draft_round_trip_s or 0.0,
+        "step_s": steps["draft_step_s"] if steps else None,
+        "share": steps["draft_share"] if steps else None,
+        "reason": reason,
+    }
+
+
 def _is_traced(config: Config, source: RequestSource | ClosedLoop) -> bool:
     options = config.experiment
     if options.trace_steps is None:
-        return _num_requests(source) <= simulations.SMALL_RUN and options.workers == 1
+        fixed = config.autoscaling.name == config.failures.name == "off"
+        return fixed and options.workers == 1 and _num_requests(source) <= simulations.SMALL_RUN
     return options.trace_steps
 
 
@@ -66,7 +90,7 @@ def _num_requests(source: RequestSource | ClosedLoop) -> int:
 
 
 def _simulate(
-    config: Config, run: Run, cluster: Any, source: RequestSource | ClosedLoop, trace: Path | None
+    config: Config, run: Run, cluster: ClusterSpec, source: RequestSource | ClosedLoop, trace: Path | None
 ) -> SimulationResult:
     options = config.experiment
     with common.progress(run) as bar:
@@ -84,73 +108,6 @@ def _simulate(
             prediction_error=options.prediction_error,
             workers=options.workers,
         )
-
-
-def _log_trace(config: Config, run: Run, num_blocks: int) -> float | None:
-    """Plots of a traced run, those of steps of its first replica; the largest share of that one's KV in use."""
-    folder, options = run.trace_directory, config.experiment
-    names = ["run"] if options.num_replicas == 1 else [f"main-{i}" for i in range(options.num_replicas)]
-    requests = {name: read_requests(folder, name) for name in names}
-    finished = {name: table for name, table in requests.items() if table.height}
-    if finished:
-        slo = simulations.slo(config)
-        limits = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
-        run.log_figure("latency_cdf", plots.latency_cdf(dict(list(finished.items())[:8]), slo_s=limits))
-    steps = read_steps(folder, names[0])
-    if not steps.height:
-        return None
-    run.log_figure("load_over_time", plots_load.load_over_time(steps, num_blocks))
-    served = common.Served([], steps, requests[names[0]], 0.0, sorted(folder.glob(f"{names[0]}*.parquet")))
-    common.log_steps(run, served, name=names[0])
-    return 1.0 - float(steps["num_free_blocks"].to_numpy().min()) / num_blocks
-
-
-def _show(config: Config, run: Run, summary: dict[str, Any]) -> None:
-    options = config.experiment
-    chips = f"{options.num_replicas} × {options.tensor_parallel} {config.hardware.name}"
-    title = f"{options.model} on {chips}, {config.policy.name}, speculation {config.speculation.name}"
-    if summary["num_requests"]:
-        run.console.print(summary_table(latency_rows(summary["latency"]), LATENCY_COLUMNS, title=title))
-    rows = [{"figure": name, "value": value} for name, value in _figures(config, summary).items()]
-    run.console.print(summary_table(rows, {"figure": "figure", "value": "value"}))
-
-
-def _figures(config: Config, summary: dict[str, Any]) -> dict[str, str]:
-    """What the second table says, each line with its unit."""
-    cost, kv = summary["cost"], f"{summary['num_blocks']:,} blocks of {config.experiment.block_size} tokens"
-    if summary.get("peak_kv_share") is not None:
-        kv += f", at most {summary['peak_kv_share']:.0%} in use"
-    figures = {"stable": "yes" if summary["stable"] else f"no: {summary['reason']}"}
-    if summary["num_requests"]:
-        rate, good = summary["throughput"], summary["goodput"]
-        figures |= {
-            "throughput": f"{rate['requests_per_s']:,.2f} requests/s, {rate['tokens_per_s']:,.0f} tokens/s",
-            "within the SLO": f"{good['share']:.1%}, {good['requests_per_s']:,.2f} requests/s",
-            "tokens per verification τ": format_value(summary["tau"]),
-        }
-    figures |= {
-        "utilisation": f"{summary['utilisation']:.1%}",
-        "in the system": f"{format_value(summary['mean_in_system'])} requests on average",
-        "KV": f"{kv}; {summary.get('num_preemptions', 0):,} preemptions",
-        "million tokens": _dollars(cost["per_million_tokens_usd"], cost["reason"]),
-        "million tokens within the SLO": _dollars(cost["per_million_good_tokens_usd"], cost["reason"]),
-        "simulated": f"{summary['simulated_s']:,.1f} s, {summary['num_steps']:,} steps, "
-        f"{summary['requests_per_wall_s']:,.0f} requests per second of wall time",
-    }
-    unfinished = {name: summary[f"num_{name}"] for name in ("in_flight", "rejected", "failed")}
-    if any(unfinished.values()):
-        figures["not finished"] = ", ".join(
-            f"{name} {count:,}" for name, count in unfinished.items() if count
-        )
-    if summary["extrapolated"]:
-        figures["extrapolated"] = f"{', '.join(summary['extrapolated'])}: far outside the fitted range"
-    return figures
-
-
-def _dollars(amount: float | None, reason: str | None) -> str:
-    if amount is None:
-        return f"– ({reason})"
-    return f"${amount:,.3f}" if math.isfinite(amount) else "– (none)"
 
 
 def _metrics(summary: dict[str, Any]) -> dict[str, float]:

@@ -1,46 +1,51 @@
-"""From a configuration to a simulated cluster, its workload and what a run of it costs."""
+"""From a configuration to a simulated cluster; its workload is in ``workloads``, what a run of it costs in ``bill``."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from experiments.options import controller_options, policy_options
-from sim.cluster_spec import ClusterSpec, ReplicaSpec
+from experiments.workloads import at_once, mean_turns, sessions, simple_tasks, source
+from sim.cluster_spec import (
+    Autoscaling,
+    ClusterSpec,
+    Disaggregation,
+    Failures,
+    Limits,
+    PoolSpec,
+    ReplicaSpec,
+)
 from sim.cost_model import CostModel, StepFeatures, roofline_cost_model
-from sim.economics import ChipPrice, cost_per_million_tokens_usd
-from sim.hardware import Hardware, hardware_from_mapping, kv_blocks
+from sim.hardware import Hardware, free_bytes, hardware_from_mapping, kv_blocks, load_hardware
 from sim.model_shape import MODEL_SHAPES, ModelShape
+from sim.remote_draft import RemoteDraft
+from sim.roofline import Efficiencies, roofline_operators
 from specdec.metrics import Slo
 from specdec.scheduler import SchedulerConfig, make_policy
-from specdec.workload import (
-    ArrivalProcess,
-    ClosedLoop,
-    EmpiricalLengths,
-    FixedLengths,
-    LengthDistribution,
-    Requests,
-    RequestSource,
-    SessionShape,
-    SessionSource,
-    SyntheticSource,
-    TraceSource,
-    azure_like,
-    collect,
-    load_trace,
-    make_process,
-)
 
 if TYPE_CHECKING:
     from specdec.config import Config  # a worker process that only simulates does without Hydra
 
+__all__ = [
+    "at_once",
+    "cluster",
+    "draft_hardware",
+    "hardware",
+    "mean_turns",
+    "sessions",
+    "slo",
+    "source",
+    "with_step_times",
+]
+
 DEFAULT_BATCHED_TOKENS = 8192
 SMALL_RUN = 2000
 """Requests up to which every step is recorded without being asked."""
+OFF = {"name": "off"}
 
 
 def hardware(config: Config) -> Hardware:
@@ -51,82 +56,234 @@ def hardware(config: Config) -> Hardware:
         raise ValueError(f"hardware: {error}") from error
 
 
+def draft_hardware(config: Config) -> Hardware | None:
+    """The draft model's own chip, if it has one; of the same name, the configured chip with all that was changed."""
+    name = config.experiment.draft_hardware
+    if name is None:
+        return None
+    return hardware(config) if name == config.hardware.name else load_hardware(name)
+
+
 def slo(config: Config) -> Slo:
     return Slo(ttft_s=config.experiment.slo_ttft_s, tpot_s=config.experiment.slo_tpot_s)
 
 
 def cluster(config: Config, policy: Any = None, speculation: Any = None) -> ClusterSpec:
-    """The configured replicas; ``policy`` and ``speculation`` are schemas to take instead of the configured ones.
+    """The configured cluster; ``policy`` and ``speculation`` are schemas to take instead of the configured ones.
 
     Raises:
         ValueError: what does not fit: into the memory, to the policy, or to each other.
     """
-    options, chip = config.experiment, hardware(config)
-    target = _shape(options.model, options.dtype)
-    controller = controller_options(speculation or config.speculation)
-    draft = _shape(options.draft, options.dtype) if options.draft and controller.get("max_drafts") else None
-    scheduling = policy_options(policy or config.policy)
-    cost_model = roofline_cost_model(
-        chip, target, tensor_parallel=options.tensor_parallel, draft=draft, dtype=options.dtype
+    _check_together(config)
+    replicas = _Replicas(
+        config,
+        hardware(config),
+        draft_hardware(config),
+        policy_options(policy or config.policy),
+        controller_options(speculation or config.speculation),
     )
-    if controller["name"] == "goodput":
-        controller = with_step_times(controller, cost_model)
-    swaps = options.num_swap_blocks > 0
-    block_bytes = target.kv_bytes_per_token * options.block_size / options.tensor_parallel
-    replica = ReplicaSpec(
-        _limits(config, chip, target, draft, scheduling),
-        cost_model,
-        policy=scheduling["policy"],
-        speculation=controller,
-        acceptance=asdict(config.acceptance),
-        swap_block_s=block_bytes / options.host_link_bytes_per_s if swaps else 0.0,
-        tensor_parallel=options.tensor_parallel,
-    )
-    return ClusterSpec.of(replica, options.num_replicas, router=options.router)
+    if config.cluster.name == "disaggregated":
+        return _disaggregated(replicas)
+    if config.cluster.name == "model_routing":
+        return _model_routing(replicas)
+    number = config.experiment.num_replicas
+    return ClusterSpec(pools={"main": _pool(config, replicas.of(), "experiment.num_replicas", number)})
 
 
-def _shape(name: str, dtype: str) -> ModelShape:
-    return MODEL_SHAPES[name].stored_as(dtype)
-
-
-def _limits(
-    config: Config, chip: Hardware, target: ModelShape, draft: ModelShape | None, scheduling: dict[str, Any]
-) -> SchedulerConfig:
-    options = config.experiment
-    budget, num_blocks = options.max_num_batched_tokens, options.num_blocks
-    if budget is None:
-        # A policy that computes prompts whole must be able to compute the longest one.
-        chunked = make_policy(**scheduling["policy"]).chunked_prefill
-        budget = DEFAULT_BATCHED_TOKENS if chunked else max(DEFAULT_BATCHED_TOKENS, options.max_model_len)
-    if num_blocks is None:
-        num_blocks = kv_blocks(
-            chip,
-            target,
-            options.tensor_parallel,
-            options.block_size,
-            options.memory_utilisation,
-            draft=draft,
+def _check_together(config: Config) -> None:
+    """Options that are fine each, but not with each other."""
+    options, kind = config.experiment, config.cluster.name
+    if kind != "plain" and options.num_replicas != 1:
+        numbers = (
+            "num_prefill and cluster.num_decode"
+            if kind == "disaggregated"
+            else "num_small and cluster.num_large"
         )
-    return SchedulerConfig(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        num_blocks=num_blocks,
-        block_size=options.block_size,
-        max_model_len=options.max_model_len,
-        prefix_caching=options.prefix_caching,
-        watermark=options.watermark,
-        order=scheduling["order"],
-        ageing_s=scheduling["ageing_s"],
-        preemption="swap" if options.num_swap_blocks else "recompute",
-        num_swap_blocks=options.num_swap_blocks,
-        num_scheduler_steps=options.num_scheduler_steps,
+        raise ValueError(
+            f"experiment.num_replicas={options.num_replicas} is of cluster=plain: with cluster={kind} give "
+            f"cluster.{numbers}"
+        )
+    for name in ("autoscaling", "failures"):
+        if options.trace_steps and getattr(config, name).name == "on":
+            raise ValueError(
+                f"experiment.trace_steps=true does not go with {name}=on, under which replicas come and go: drop one"
+            )
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """What the replicas of all pools have in common.
+
+    Attributes:
+        chip, draft_chip: of the target, and of a draft model that has one of its own.
+        scheduling, controller: see ``policy_options`` and ``controller_options``.
+    """
+
+    config: Config
+    chip: Hardware
+    draft_chip: Hardware | None
+    scheduling: dict[str, Any]
+    controller: dict[str, Any]
+
+    @property
+    def draft(self) -> ModelShape | None:
+        """The draft model, if anything drafts with one."""
+        name = self.config.experiment.draft
+        return self.shape(name) if name and self.controller.get("max_drafts") else None
+
+    def shape(self, name: str | None = None) -> ModelShape:
+        options = self.config.experiment
+        return MODEL_SHAPES[name or options.model].stored_as(options.dtype)
+
+    def of(self, *, speculates: bool = True) -> ReplicaSpec:
+        """Of the configured model; not speculating, it still computes prompts for a draft model on the same chips."""
+        return self.build(self.shape(), self.config.experiment.tensor_parallel, self.draft, speculates)
+
+    def build(
+        self, target: ModelShape, tensor_parallel: int, draft: ModelShape | None, speculates: bool
+    ) -> ReplicaSpec:
+        options = self.config.experiment
+        near, far = (draft, None) if self.draft_chip is None else (None, draft if speculates else None)
+        cost_model = roofline_cost_model(
+            self.chip, target, tensor_parallel=tensor_parallel, draft=near, dtype=options.dtype
+        )
+        draft_cost_model = self._draft_cost_model(far) if far else None
+        round_trip_s = options.draft_round_trip_s if far else 0.0
+        controller = self.controller if speculates else OFF
+        if controller["name"] == "goodput":
+            drafter = RemoteDraft(cost_model, draft_cost_model, round_trip_s) if draft_cost_model else None
+            controller = with_step_times(controller, cost_model, drafter)
+        block_bytes = target.kv_bytes_per_token * options.block_size / tensor_parallel
+        return ReplicaSpec(
+            self._scheduler(target, tensor_parallel, near, far),
+            cost_model,
+            policy=self.scheduling["policy"],
+            speculation=controller,
+            acceptance=asdict(self.config.acceptance),
+            swap_block_s=block_bytes / options.host_link_bytes_per_s if options.num_swap_blocks else 0.0,
+            draft_cost_model=draft_cost_model,
+            draft_round_trip_s=round_trip_s,
+            tensor_parallel=tensor_parallel,
+            chips=tensor_parallel + 1 if far else None,
+        )
+
+    def _draft_cost_model(self, draft: ModelShape) -> CostModel:
+        """Of the draft model on its own chip."""
+        assert self.draft_chip is not None
+        free_bytes(self.draft_chip, draft)
+        operators = roofline_operators(
+            self.draft_chip,
+            draft,
+            tensor_parallel=1,
+            draft=draft,
+            dtype=self.config.experiment.dtype,
+            efficiencies=Efficiencies(),
+        )
+        return CostModel(operators, num_layers=draft.num_layers)
+
+    def _scheduler(
+        self, target: ModelShape, tensor_parallel: int, near: ModelShape | None, far: ModelShape | None
+    ) -> SchedulerConfig:
+        options, scheduling = self.config.experiment, self.scheduling
+        budget, num_blocks = options.max_num_batched_tokens, options.num_blocks
+        if budget is None:
+            # A policy that computes prompts whole must be able to compute the longest one.
+            chunked = make_policy(**scheduling["policy"]).chunked_prefill
+            budget = DEFAULT_BATCHED_TOKENS if chunked else max(DEFAULT_BATCHED_TOKENS, options.max_model_len)
+        if num_blocks is None:
+            room = options.block_size, options.memory_utilisation
+            num_blocks = kv_blocks(self.chip, target, tensor_parallel, *room, draft=near)
+            if far and self.draft_chip:  # which needs the KV of the same tokens
+                num_blocks = min(num_blocks, kv_blocks(self.draft_chip, far, 1, *room))
+        return SchedulerConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=budget,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            max_model_len=options.max_model_len,
+            prefix_caching=options.prefix_caching,
+            watermark=options.watermark,
+            order=scheduling["order"],
+            ageing_s=scheduling["ageing_s"],
+            preemption="swap" if options.num_swap_blocks else "recompute",
+            num_swap_blocks=options.num_swap_blocks,
+            num_scheduler_steps=options.num_scheduler_steps,
+        )
+
+
+def _pool(config: Config, replica: ReplicaSpec, key: str, number: int, *, admits: bool = True) -> PoolSpec:
+    """``number`` replicas, as the option ``key`` says; ``admits``: requests come here first."""
+    limits, failures = asdict(config.limits), asdict(config.failures)
+    scaling = asdict(config.autoscaling)
+    if scaling.pop("name") == "on" and not scaling["min_replicas"] <= number <= scaling["max_replicas"]:
+        raise ValueError(
+            f"{key}={number} is not within autoscaling.min_replicas={scaling['min_replicas']} and "
+            f"autoscaling.max_replicas={scaling['max_replicas']}: start with a number between"
+        )
+    return PoolSpec(
+        replica=replica,
+        num_replicas=number,
+        router=config.experiment.router,
+        limits=Limits(**limits) if admits and any(limits.values()) else None,
+        autoscaling=Autoscaling(**scaling) if scaling else None,
+        failures=Failures(**failures) if failures.pop("name") == "on" else None,
     )
 
 
-def with_step_times(controller: dict[str, Any], cost_model: CostModel) -> dict[str, Any]:
+def _disaggregated(replicas: _Replicas) -> ClusterSpec:
+    config, options, chip = replicas.config, replicas.config.cluster, replicas.chip
+    link_bytes_per_s, link_latency_s = options.link_bytes_per_s, options.link_latency_s
+    if link_bytes_per_s is None and chip.link_bytes_per_s is not None:
+        link_bytes_per_s = chip.link_bytes_per_s * config.experiment.tensor_parallel
+    if link_latency_s is None:
+        link_latency_s = chip.link_latency_s
+    for name, value in (("link_bytes_per_s", link_bytes_per_s), ("link_latency_s", link_latency_s)):
+        if value is None:
+            raise ValueError(
+                f"cluster=disaggregated needs a link, but hardware.{name} of {chip.name} is null: give cluster.{name}"
+            )
+    assert link_bytes_per_s is not None and link_latency_s is not None
+    # A draft model on the target's chips computes its prompts there as well, and its KV moves with the target's.
+    moved = [replicas.shape(), *([replicas.draft] if replicas.draft and replicas.draft_chip is None else [])]
+    prefill, decode = replicas.of(speculates=False), replicas.of()
+    return ClusterSpec(
+        pools={
+            "prefill": _pool(config, prefill, "cluster.num_prefill", options.num_prefill),
+            "decode": _pool(config, decode, "cluster.num_decode", options.num_decode, admits=False),
+        },
+        disaggregation=Disaggregation(
+            kv_bytes_per_token=sum(shape.kv_bytes_per_token for shape in moved),
+            link_bytes_per_s=link_bytes_per_s,
+            link_latency_s=link_latency_s,
+        ),
+    )
+
+
+def _model_routing(replicas: _Replicas) -> ClusterSpec:
+    config, options, tasks = replicas.config, replicas.config.cluster, simple_tasks(replicas.config)
+    # A draft model is one of the large model; the small one then decodes plainly.
+    small = replicas.build(
+        replicas.shape(options.small_model),
+        options.small_tensor_parallel,
+        None,
+        config.experiment.draft is None,
+    )
+    routing: dict[str, Any] = {"pools": dict.fromkeys(tasks, "small"), "default": "large"}
+    if options.escalation:
+        routing |= {"escalation": dict.fromkeys(tasks, options.escalation), "escalate_to": "large"}
+    pools = {
+        "small": _pool(config, small, "cluster.num_small", options.num_small),
+        "large": _pool(config, replicas.of(), "cluster.num_large", options.num_large),
+    }
+    return ClusterSpec(pools=pools, model_routing=routing)
+
+
+def with_step_times(
+    controller: dict[str, Any], cost_model: CostModel, drafter: RemoteDraft | None = None
+) -> dict[str, Any]:
     """What the goodput controller must know of its device, where it was not given: the cost model's own times.
 
-    They are those of rows without context: reading it takes the same time whatever is drafted.
+    Reading the context takes the same time whatever is drafted, so it is asked for apart.
     """
     filled = dict(controller)
     if not filled["step_tokens"]:
@@ -135,118 +292,14 @@ def with_step_times(controller: dict[str, Any], cost_model: CostModel) -> dict[s
         features = StepFeatures(tokens, tokens, tokens, tokens, *[nothing] * 6)
         filled["step_tokens"] = tuple(tokens.tolist())
         filled["step_s"] = tuple(np.maximum.accumulate(cost_model.predict(features).total_s).tolist())
+    if "context_token_s" not in filled:
+        rows, context = 128.0, np.array([0.0, 128_000.0])
+        alone = np.full_like(context, rows)
+        features = StepFeatures(alone, alone, alone, alone, context, *[np.zeros_like(context)] * 5)
+        filled["context_token_s"] = float(np.diff(cost_model.predict(features).total_s)[0] / context[1])
     if "draft_step_s" not in filled:
-        one_draft = StepFeatures(2.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
-        filled["draft_step_s"] = cost_model.predict(one_draft).draft_s
+        most = float(max(1, filled["max_drafts"]))
+        one_row = StepFeatures(1.0 + most, 1.0 + most, 1.0, 1.0 + most, 0.0, 0.0, 0.0, most, 1.0, most)
+        # The controller knows passes only, so a network's round trip is shared out among them.
+        filled["draft_step_s"] = (drafter or cost_model).predict_scalar(one_row).draft_s / most
     return filled
-
-
-def source(config: Config, rate_per_s: float | None = None) -> RequestSource | ClosedLoop:
-    """The configured workload; with ``rate_per_s``, at that rate.
-
-    Raises:
-        ValueError: a broken trace (with the line), or options that the process does not take.
-        FileNotFoundError: no such trace.
-    """
-    options, seed = config.experiment, config.seed
-    trace = _trace(config) if options.trace else None
-    if options.arrivals == "trace":
-        assert trace is not None
-        factor = rate_per_s / trace.mean_rate_per_s if rate_per_s else options.rate_factor or 1.0
-        return TraceSource(trace, options.num_requests, factor)
-    lengths = _lengths(config, trace)
-    if options.arrivals == "closed_loop":
-        return ClosedLoop(
-            options.num_users,
-            options.think_time_s,
-            lengths,
-            options.num_requests,
-            seed,
-            max_tokens=options.max_tokens,
-        )
-    process = _process(options, rate_per_s)
-    if not options.multi_turn:
-        return SyntheticSource(process, lengths, options.num_requests, seed, options.max_tokens)
-    if options.max_tokens is not None:
-        raise ValueError(
-            f"experiment.max_tokens={options.max_tokens} does not go with multi_turn=true: drop one"
-        )
-    shape = SessionShape(
-        think_time_s=30.0 if options.think_time_s is None else options.think_time_s,
-        max_context_len=options.max_model_len,
-        hash_block_size=options.block_size,
-    )
-    return sessions(process, lengths, options.num_requests, seed, shape)
-
-
-def sessions(
-    process: ArrivalProcess, lengths: LengthDistribution, num_requests: int, seed: int, shape: SessionShape
-) -> SessionSource:
-    """About ``num_requests`` turns of sessions that share prefixes; ``process`` is that of sessions."""
-    return SessionSource(process, lengths, max(1, round(num_requests / mean_turns(shape))), seed, shape)
-
-
-def mean_turns(shape: SessionShape | None = None) -> float:
-    """Turns of a session on average, if none is cut short."""
-    weights = np.array((shape or SessionShape()).turn_weights)
-    return float(np.arange(1, weights.size + 1) @ weights / weights.sum())
-
-
-def _trace(config: Config) -> Requests:
-    options = config.experiment
-    trace = load_trace(options.trace)
-    return trace if options.max_tokens is None else trace.with_max_tokens(options.max_tokens)
-
-
-def _lengths(config: Config, trace: Requests | None) -> LengthDistribution:
-    options = config.experiment
-    if options.length_law == "trace":
-        assert trace is not None
-        return EmpiricalLengths.fit(trace)
-    if options.length_law == "fixed":
-        return FixedLengths(options.prompt_len, options.output_len)
-    return azure_like(options.length_law)
-
-
-def _process(options: Any, rate_per_s: float | None) -> ArrivalProcess:
-    """The configured process; at ``rate_per_s`` requests per second, if given. Of sessions, their starts."""
-    name, turns = options.arrivals, mean_turns() if options.multi_turn else 1.0
-    rate = (options.rate_per_s if rate_per_s is None else rate_per_s) / turns
-    if name == "all_at_once":
-        return make_process(name)
-    if name == "gamma":
-        return make_process(name, rate_per_s=rate, cv=options.cv)
-    if name == "diurnal":
-        return make_process(name, rate_per_s=rate, amplitude=options.amplitude, period_s=options.period_s)
-    if name == "mmpp":
-        given = make_process(name, rates_per_s=tuple(options.rates_per_s), dwell_s=tuple(options.dwell_s))
-        scale = (rate_per_s / given.mean_rate_per_s if rate_per_s else 1.0) / turns
-        rates = tuple(scale * each for each in options.rates_per_s)
-        return make_process(name, rates_per_s=rates, dwell_s=tuple(options.dwell_s))
-    return make_process(name, rate_per_s=rate)
-
-
-def costs(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
-    """Dollars per million output tokens, of all requests and of those within the SLO, or the reason why not."""
-    chip, span_s = config.hardware, summary["simulated_s"]
-    if chip.price_per_hour_usd is None:
-        reason = f"hardware.price_per_hour_usd of {chip.name} is null: give it"
-        return {"per_million_tokens_usd": None, "per_million_good_tokens_usd": None, "reason": reason}
-    if not summary["num_requests"] or not span_s:
-        reason = "no request finished"
-        return {"per_million_tokens_usd": None, "per_million_good_tokens_usd": None, "reason": reason}
-    price = ChipPrice(chip.price_per_hour_usd, chip.tdp_w, chip.idle_w)
-    good_tokens = summary["goodput"]["tokens_per_s"] * summary["throughput"]["duration_s"]
-    return {
-        name: float(cost_per_million_tokens_usd(price, summary["chip_s"] / span_s, tokens / span_s))
-        for name, tokens in (
-            ("per_million_tokens_usd", summary["num_generated"]),
-            ("per_million_good_tokens_usd", good_tokens if math.isfinite(good_tokens) else 0.0),
-        )
-    } | {"reason": None}
-
-
-def at_once(source: RequestSource) -> TraceSource:
-    """The same requests, all arriving at time 0."""
-    requests = collect(source)
-    return TraceSource(requests.with_arrivals(np.zeros(len(requests))))

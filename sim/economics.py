@@ -99,6 +99,11 @@ def energy_per_token_j(
     return _per_token(energy_j(price, chips, 1.0, utilisation), tokens_per_s)
 
 
+def kwh_per_million_tokens(total_j: ArrayLike, num_tokens: ArrayLike) -> FloatArray:
+    """Kilowatt-hours per million tokens of a run that took ``total_j`` joules; ``inf`` for no tokens."""
+    return 1e6 / _JOULES_PER_KWH * _per_token(_amount(total_j, "total_j"), num_tokens, "num_tokens")
+
+
 def cost_usd(
     price: ChipPrice, chips: ArrayLike, duration_s: ArrayLike, utilisation: ArrayLike = 1.0
 ) -> FloatArray:
@@ -307,10 +312,11 @@ def pareto_front(costs: ArrayLike, latencies_s: ArrayLike) -> IntArray:
     return np.asarray(order[on_front[place.ravel()]], np.int64)
 
 
-def _per_token(amount_per_s: FloatArray, tokens_per_s: ArrayLike) -> FloatArray:
-    rate = _amount(tokens_per_s, "tokens_per_s")
+def _per_token(amount: FloatArray, tokens: ArrayLike, name: str = "tokens_per_s") -> FloatArray:
+    """Both of a second, or both of a whole run; ``name`` is that of ``tokens``."""
+    num = _amount(tokens, name)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(rate > 0.0, amount_per_s / rate, math.inf)
+        return np.where(num > 0.0, amount / num, math.inf)
 
 
 def _known(value: float | None, name: str, remedy: str) -> float:

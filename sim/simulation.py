@@ -289,6 +289,8 @@ def _replica_row(figures: ReplicaFigures, end_s: float) -> dict[str, Any]:
         "num_steps": figures.num_steps,
         "num_failures": figures.num_failures,
         "queue_growth": figures.growth,
+        "launched_s": figures.launched_s,
+        "retired_s": min(figures.retired_s, end_s),
         "paid_s": paid_s,
     }
 

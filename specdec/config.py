@@ -1,10 +1,10 @@
 """The experiment configuration: which schema each group of ``conf/`` has, and what is checked beyond types.
 
-:func:`register` puts the frozen dataclasses of ``config_schemas`` and ``config_experiments`` into Hydra's
-ConfigStore under ``schema/``, and the files of ``conf/`` start from their schema and hold only what differs. So
-Hydra itself refuses unknown keys and wrong types; :func:`validate` checks the rest (appended keys, choices, ranges)
-and returns a frozen :class:`Config`. A group whose options depend on a choice (``drafter``, ``policy``,
-``speculation``, ``acceptance``, ``experiment``) has one schema per ``name``.
+:func:`register` puts the frozen dataclasses of ``config_schemas``, ``config_cluster``, ``config_training`` and
+``config_experiments`` into Hydra's ConfigStore under ``schema/``, and the files of ``conf/`` start from their schema
+and hold only what differs. So Hydra itself refuses unknown keys and wrong types; :func:`validate` checks the rest
+(appended keys, choices, ranges) and returns a frozen :class:`Config`. A group whose options depend on a choice (those
+in ``VARIANTS``) has one schema per ``name``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from specdec import config_cluster as clusters
 from specdec import config_experiments as experiments
 from specdec import config_schemas as schemas
+from specdec import config_training as training
 from specdec.config_schemas import TrackingConfig, WorkloadConfig
 from specdec.names import unknown_name
 
@@ -40,7 +42,7 @@ __all__ = [
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("bfloat16", "float32", "float16"),
     "model.backend": ("auto", "eager", "native"),
-    "verify.rule": ("token", "block"),
+    "verify.rule": ("token", "block", "recursive", "traversal"),
     "policy.order": ("fcfs", "sjf", "priority", "edf"),
     "tracking.mode": ("offline", "online", "disabled"),
 }
@@ -48,9 +50,14 @@ VARIANTS: dict[str, dict[str, type]] = {
     "drafter": {
         "none": schemas.NoDrafter,
         "ngram": schemas.NgramConfig,
+        "suffix": schemas.SuffixConfig,
+        "recycling": schemas.RecyclingConfig,
+        "merged": schemas.MergedConfig,
         "layer_skip": schemas.LayerSkipConfig,
         "draft_model": schemas.DraftModelConfig,
         "synthetic": schemas.SyntheticConfig,
+        "eagle": schemas.EagleConfig,
+        "medusa": schemas.MedusaConfig,
     },
     "policy": {
         "static": schemas.PolicyConfig,
@@ -71,14 +78,23 @@ VARIANTS: dict[str, dict[str, type]] = {
         "beta": schemas.BetaAcceptanceConfig,
         "markov": schemas.MarkovAcceptanceConfig,
     },
+    "cluster": {
+        "plain": clusters.PlainClusterConfig,
+        "disaggregated": clusters.DisaggregatedConfig,
+        "model_routing": clusters.ModelRoutingConfig,
+    },
+    "autoscaling": {"off": clusters.AutoscalingOff, "on": clusters.AutoscalingConfig},
+    "failures": {"off": clusters.FailuresOff, "on": clusters.FailuresConfig},
     "experiment": {
         "quickstart": experiments.QuickstartConfig,
         "acceptance_sweep": experiments.AcceptanceSweepConfig,
+        "lossless": experiments.LosslessConfig,
         "serve": experiments.ServeConfig,
         "cpu_bench": experiments.CpuBenchConfig,
         "simulate": experiments.SimulateConfig,
         "policy_sweep": experiments.PolicySweepConfig,
         "sim_bench": experiments.SimBenchConfig,
+        "train_draft": training.TrainDraftConfig,
     },
 }
 GROUPS: dict[str, type] = {
@@ -89,15 +105,24 @@ GROUPS: dict[str, type] = {
     "engine": schemas.EngineConfig,
     "tracking": schemas.TrackingConfig,
     "hardware": schemas.HardwareConfig,
+    "limits": clusters.LimitsConfig,
 }
+SIMULATED: dict[str, object] = {
+    "cluster": clusters.PlainClusterConfig(),
+    "autoscaling": clusters.AutoscalingOff(),
+    "failures": clusters.FailuresOff(),
+    "limits": clusters.LimitsConfig(),
+}
+"""Groups that the experiments in SIMULATIONS alone read, and what they are in all others."""
+SIMULATIONS = ("simulate", "policy_sweep")
 TYPED = ("hardware",)
 """Groups whose files other code reads as they are, so the root holds their schema instead of the file naming it."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A validated configuration. ``drafter``, ``policy``, ``speculation``, ``acceptance`` and ``experiment`` hold the
-    schema that their ``name`` chose (see ``VARIANTS``). ``output_root``: run directories are made below it."""
+    """A validated configuration. The groups in ``VARIANTS`` hold the schema that their ``name`` chose.
+    ``output_root``: run directories are made below it."""
 
     experiment: Any
     model: schemas.ModelConfig
@@ -111,6 +136,10 @@ class Config:
     tracking: TrackingConfig
     hardware: schemas.HardwareConfig
     acceptance: Any
+    cluster: Any
+    autoscaling: Any
+    failures: Any
+    limits: clusters.LimitsConfig
     seed: int = 0
     output_root: str = "runs"
 
@@ -174,7 +203,9 @@ def validate(raw: DictConfig) -> Config:
         value = OmegaConf.select(raw, key)
         if value is not None and value not in choices:
             raise unknown_name(key, value, choices)
-    return Config(**{str(key): _plain(node) for key, node in raw.items()})
+    config = Config(**{str(key): _plain(node) for key, node in raw.items()})
+    _check_simulated(config)
+    return config
 
 
 def choose(group: str, options: Mapping[str, Any], key: str) -> Any:
@@ -217,6 +248,20 @@ def _check_keys(node: DictConfig, prefix: str) -> None:
             isinstance(item, DictConfig | ListConfig) for item in child
         ):
             raise ValueError(f"{prefix}{key}={child} must be a flat list")
+
+
+def _check_simulated(config: Config) -> None:
+    """What describes a simulated cluster is an error where none is simulated, never ignored."""
+    for group, default in SIMULATED.items():
+        chosen = getattr(config, group)
+        if config.experiment.name in SIMULATIONS or chosen == default:
+            continue
+        options = {key: value for key, value in asdict(chosen).items() if value is not None}
+        key, value = next(iter(options.items()))
+        given = f"{group}={value}" if key == "name" else f"{group}.{key}={value}"
+        raise ValueError(
+            f"{given} is for +experiment={' and '.join(SIMULATIONS)}, not for {config.experiment.name}: leave it out"
+        )
 
 
 def _check_variant(group: str, node: DictConfig, variants: dict[str, type]) -> None:

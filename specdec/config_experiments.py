@@ -35,6 +35,7 @@ ROUTERS = (
     "prefix_affinity",
     "central_queue",
 )
+HARDWARE = ("a100", "b200", "h100", "h200", "l40s", "rtx_4090", "tpu_v5e", "tpu_v6e")
 MODEL_SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b", "qwen3-32b", "llama-3.1-70b")
 SIM_CASES = ("azure_fixed", "goodput_prefix", "linear", "simpy_timeouts")
 SIM_DTYPES = ("bfloat16", "float16", "fp8", "int8")
@@ -66,6 +67,29 @@ class AcceptanceSweepConfig:
             check_rate("experiment.alphas", alpha)
         for num_drafts in self.num_drafts:
             check_num_drafts("experiment.num_drafts", num_drafts)
+
+
+@dataclass(frozen=True)
+class LosslessConfig:
+    """temperature, num_samples: of each of the first num_sampled_prompts prompts, num_tokens long; 0 samples leaves that
+    part out. significance: least p-value over all positions. control: how many times as hot the law is that the same
+    test should reject."""
+
+    name: str = "lossless"
+    temperature: float = 1.0
+    num_samples: int = 200
+    num_sampled_prompts: int = 3
+    num_tokens: int = 6
+    significance: float = 1e-3
+    control: float = 1.3
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "num_sampled_prompts", "num_tokens", "control"):
+            check_positive(f"experiment.{name}", getattr(self, name))
+        require(
+            self.num_samples >= 0, f"experiment.num_samples={self.num_samples} must be >= 0 (0: no sampling)"
+        )
+        check_rate("experiment.significance", self.significance)
 
 
 @dataclass(frozen=True)
@@ -107,15 +131,17 @@ class CpuBenchConfig:
 class SimulationConfig:
     """A simulated cluster and what it is asked.
 
-    model, draft: shapes (``sim.model_shape``); without a draft model, drafting takes no device time. dtype: of
-    weights and matrix products. tensor_parallel: chips of a replica. arrivals, lengths: see ``ARRIVALS`` and
-    ``LENGTHS``; each option that belongs to another choice must stay null. trace: a file that
-    ``specdec.workload.load_trace`` reads, for arrivals=trace (which replays its lengths as well) or
-    lengths=trace (which draws from them). rate_factor: times as many requests per second as in the trace.
-    num_requests: null is a trace as it is. multi_turn: sessions whose turns share prefixes; rate_per_s is
-    that of turns in the long run, think_time_s the time between them (30 unless given). max_tokens: limit that
-    the scheduler sees, and that cuts longer answers; null is each answer's own length. slo_*: limits that a
-    request must meet to count as good.
+    model, draft: shapes (``sim.model_shape``); without a draft model, drafting takes no device time.
+    draft_hardware: each replica's draft model has such a chip of its own, draft_round_trip_s of network away in
+    each step that drafts; null is on the chips of the target. dtype: of weights and matrix products.
+    tensor_parallel: chips of a replica, without the draft's. num_replicas: of cluster=plain; the others have
+    numbers of their own. arrivals, lengths: see ``ARRIVALS`` and ``LENGTHS``; each option that belongs to another
+    choice must stay null. trace: a file that ``specdec.workload.load_trace`` reads, for arrivals=trace (which
+    replays its lengths as well) or lengths=trace (which draws from them). rate_factor: times as many requests per
+    second as in the trace. num_requests: null is a trace as it is. multi_turn: sessions whose turns share
+    prefixes; rate_per_s is that of turns in the long run, think_time_s the time between them (30 unless given).
+    max_tokens: limit that the scheduler sees, and that cuts longer answers; null is each answer's own length.
+    slo_*: limits that a request must meet to count as good.
 
     max_num_batched_tokens: null is 8192, or max_model_len if that is more and the policy computes prompts whole.
     num_blocks: null is what fits into memory_utilisation of the memory beside the weights. num_swap_blocks: KV
@@ -129,6 +155,8 @@ class SimulationConfig:
     name: str = "simulate"
     model: str = "llama-3.1-8b"
     draft: str | None = None
+    draft_hardware: str | None = None
+    draft_round_trip_s: float | None = None
     dtype: str = "bfloat16"
     tensor_parallel: int = 1
     num_replicas: int = 1
@@ -173,6 +201,7 @@ class SimulationConfig:
         check_choice("experiment.model", self.model, MODEL_SHAPES)
         if self.draft is not None:
             check_choice("experiment.draft", self.draft, MODEL_SHAPES)
+        self._check_draft_hardware()
         check_choice("experiment.dtype", self.dtype, SIM_DTYPES)
         check_choice("experiment.router", self.router, ROUTERS)
         check_choice("experiment.arrivals", self.arrivals, ARRIVALS)
@@ -191,6 +220,26 @@ class SimulationConfig:
         if self.lengths is not None:
             return self.lengths
         return "trace" if self.arrivals == "trace" else "conversation"
+
+    def _check_draft_hardware(self) -> None:
+        hardware, round_trip_s = self.draft_hardware, self.draft_round_trip_s
+        if hardware is None:
+            require(
+                round_trip_s is None,
+                f"experiment.draft_round_trip_s={round_trip_s} is of a draft on a chip of its own: add "
+                "experiment.draft_hardware, or leave it out",
+            )
+            return
+        check_choice("experiment.draft_hardware", hardware, HARDWARE)
+        require(
+            self.draft is not None,
+            f"experiment.draft_hardware={hardware} was given without a draft model: add experiment.draft",
+        )
+        require(
+            round_trip_s is not None and 0.0 <= round_trip_s < float("inf"),
+            f"experiment.draft_hardware={hardware} needs experiment.draft_round_trip_s, seconds >= 0 of network in "
+            f"each step, not {round_trip_s}",
+        )
 
     def _check_numbers(self) -> None:
         positive = [

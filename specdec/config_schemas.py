@@ -57,6 +57,47 @@ class NgramConfig:
 
 
 @dataclass(frozen=True)
+class SuffixConfig:
+    """max_corpus_tokens: of finished outputs, kept for later requests. min_probability: of the nodes drafted."""
+
+    name: str = "suffix"
+    max_corpus_tokens: int = 65_536
+    min_probability: float = 0.02
+    tree: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_corpus_tokens >= 0, f"drafter.max_corpus_tokens={self.max_corpus_tokens} must be >= 0"
+        )
+        require(
+            0.0 < self.min_probability < 1.0,
+            f"drafter.min_probability={self.min_probability} must lie in (0, 1)",
+        )
+
+
+@dataclass(frozen=True)
+class RecyclingConfig:
+    """num_successors: kept of each token."""
+
+    name: str = "recycling"
+    num_successors: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.num_successors >= 1, f"drafter.num_successors={self.num_successors} must be >= 1")
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """drafters: names, each with its own defaults."""
+
+    name: str = "merged"
+    drafters: list[str] = field(default_factory=lambda: ["suffix", "recycling"])
+
+    def __post_init__(self) -> None:
+        require(len(self.drafters) > 0, "drafter.drafters is empty: name some, e.g. [suffix,recycling]")
+
+
+@dataclass(frozen=True)
 class LayerSkipConfig:
     name: str = "layer_skip"
     num_skip: int | None = None
@@ -68,6 +109,33 @@ class DraftModelConfig:
     name: str = "draft_model"
     model: str = "smollm2-135m"
     backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """path: directory of a trained head. See ``specdec.drafter.eagle.EagleDrafter``."""
+
+    name: str = "eagle"
+    path: str = "experiments/artifacts/smollm2-135m-eagle3"
+    shape: str = "chain"
+    sampled: str = "tree"
+    top_k: int = 8
+    depth: int = 6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("drafter.shape", self.shape, ("chain", "tree"))
+        check_choice("drafter.sampled", self.sampled, ("chain", "tree"))
+        for name in ("top_k", "depth"):
+            check_positive(f"drafter.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """path: directory of trained heads."""
+
+    name: str = "medusa"
+    path: str = "experiments/artifacts/smollm2-135m-medusa"
 
 
 @dataclass(frozen=True)
@@ -158,11 +226,13 @@ class LoadThresholdConfig(FixedConfig):
 
 @dataclass(frozen=True)
 class GoodputConfig:
-    """See ``specdec.scheduler.speculation.Goodput``. The engine needs the measured step_tokens, step_s and
-    draft_step_s of its device; a simulation takes those of its cost model where they are not given."""
+    """See ``specdec.scheduler.speculation.Goodput``. The engine needs the measured step_tokens, step_s,
+    context_token_s and draft_step_s of its device; a simulation takes those of its cost model where they are not
+    given."""
 
     name: str = "goodput"
     num_drafts: int = 8
+    context_token_s: float | None = None
     draft_step_s: float | None = None
     step_tokens: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)

@@ -9,8 +9,26 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from specdec.config import CHOICES, GROUPS, VARIANTS, Config, WorkloadConfig, choose, register, validate
-from specdec.config_experiments import ARRIVALS, LENGTHS, MODEL_SHAPES, ROUTERS, SERVE_ARRIVALS, SIM_DTYPES
+from specdec.config import (
+    CHOICES,
+    GROUPS,
+    SIMULATED,
+    VARIANTS,
+    Config,
+    WorkloadConfig,
+    choose,
+    register,
+    validate,
+)
+from specdec.config_experiments import (
+    ARRIVALS,
+    HARDWARE,
+    LENGTHS,
+    MODEL_SHAPES,
+    ROUTERS,
+    SERVE_ARRIVALS,
+    SIM_DTYPES,
+)
 from specdec.run import conf_dir, explain
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -45,7 +63,8 @@ def test_every_experiment_composes(name: str):
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, name: str):
     extra = ["workload.prompts=questions.jsonl"] if (group, name) == ("workload", "file") else []
-    chosen = getattr(build(f"{group}={name}", *extra), group)
+    experiment = "simulate" if group in SIMULATED else "quickstart"
+    chosen = getattr(build(f"{group}={name}", *extra, experiment=experiment), group)
     if group in VARIANTS:
         assert chosen.name == name
         assert type(chosen) is VARIANTS[group][name]
@@ -61,17 +80,17 @@ def test_files_and_schemas_name_the_same_groups():
 
 
 def test_choices_are_those_of_the_code():
+    from specdec.acceptor import RULES
     from specdec.drafter import DRAFTERS
     from specdec.llm import DTYPES
     from specdec.runner import BACKENDS
     from specdec.scheduler.policy import ORDERS, POLICIES
     from specdec.scheduler.speculation import CONTROLLERS
-    from specdec.verify import CHAIN_RULES
     from specdec.workload import PROCESSES
 
     assert set(CHOICES["model.dtype"]) == set(DTYPES)
     assert set(CHOICES["model.backend"]) == set(BACKENDS)
-    assert set(CHOICES["verify.rule"]) == set(CHAIN_RULES)
+    assert set(CHOICES["verify.rule"]) == set(RULES)
     assert set(CHOICES["policy.order"]) == set(ORDERS)
     assert set(SERVE_ARRIVALS) == set(PROCESSES)
     assert set(VARIANTS["policy"]) == set(POLICIES)
@@ -94,7 +113,8 @@ def test_names_of_simulations_are_those_of_the_code():
     assert set(MODEL_SHAPES) == set(SHAPES)
     assert set(SIM_DTYPES) == set(DTYPE_BYTES)
     assert set(VARIANTS["acceptance"]) <= set(ACCEPTANCE)
-    assert {path.stem for path in (conf_dir() / "hardware").glob("*.yaml")} == set(HARDWARE_NAMES)
+    files = {path.stem for path in (conf_dir() / "hardware").glob("*.yaml")}
+    assert files == set(HARDWARE_NAMES) == set(HARDWARE)
     assert {item.name for item in fields(GROUPS["hardware"])} == {item.name for item in fields(Hardware)}
 
 
@@ -109,6 +129,29 @@ def test_options_of_acceptance_and_processes_are_those_of_the_code():
         if name not in ("trace", "closed_loop"):
             rate = {} if name in ("all_at_once", "mmpp") else {"rate_per_s": 1.0}
             make_process(name, **rate, **{option: values[option] for option in options})
+
+
+def test_options_of_clusters_are_those_of_the_code():
+    from sim.cluster_spec import Autoscaling, Failures, Limits
+
+    pairs = [("autoscaling", Autoscaling), ("failures", Failures)]
+    for group, described in pairs:
+        schema = VARIANTS[group]["on"]
+        assert {item.name for item in fields(schema)} == {"name", *(item.name for item in fields(described))}
+    assert {item.name for item in fields(GROUPS["limits"])} == {item.name for item in fields(Limits)}
+
+
+@pytest.mark.parametrize("group", SIMULATED)
+def test_what_only_a_simulated_cluster_has_is_refused_elsewhere(group: str):
+    default = getattr(build(experiment="simulate"), group)
+    assert default == SIMULATED[group]
+    other = "limits.max_outstanding=5" if group == "limits" else f"{group}={list(VARIANTS[group])[-1]}"
+    for experiment in ("simulate", "policy_sweep"):
+        assert getattr(build(other, experiment=experiment), group) != default
+    for experiment in ("quickstart", "sim_bench"):
+        message = f"{other} is for .*experiment=simulate and policy_sweep, not for {experiment}"
+        with pytest.raises(ValueError, match=message):
+            build(other, experiment=experiment)
 
 
 def test_sheets_are_read_alike_by_both_readers():
@@ -244,6 +287,46 @@ def test_wrong_types_are_refused_by_key(override: str, key: str):
         ("simulate", ["experiment.trace=a.csv"], r"experiment\.trace=a\.csv is not used"),
         ("simulate", ["experiment.num_requests=null"], r"num_requests is null: only a trace has an end"),
         ("simulate", ["experiment.workers=0"], r"experiment\.workers=0 must be"),
+        ("simulate", ["experiment.draft_hardware=l40s"], r"l40s was given without a draft model: add"),
+        (
+            "simulate",
+            ["experiment.draft=llama-3.2-1b", "experiment.draft_hardware=l40s"],
+            r"draft_hardware=l40s needs experiment\.draft_round_trip_s",
+        ),
+        ("simulate", ["experiment.draft_round_trip_s=1e-4"], r"draft_round_trip_s=0\.0001 is of a draft on"),
+        (
+            "simulate",
+            ["experiment.draft=llama-3.2-1b", "experiment.draft_hardware=h10"],
+            r"experiment\.draft_hardware 'h10': did you mean h100",
+        ),
+        ("simulate", ["cluster=disagregated"], r"cluster.*did you mean disaggregated"),
+        ("simulate", ["cluster.num_prefill=2"], r"unknown key 'cluster\.num_prefill'"),
+        ("simulate", ["failures.max_retries=2"], r"unknown key 'failures\.max_retries'"),
+        ("simulate", ["cluster=disaggregated", "cluster.num_decode=0"], r"cluster\.num_decode=0 must be"),
+        (
+            "simulate",
+            ["cluster=disaggregated", "cluster.num_decode=two"],
+            r"cluster\.num_decode: Value 'two'",
+        ),
+        ("simulate", ["cluster=disaggregated", "cluster.link_latency_s=-1"], r"link_latency_s=-1\.0 must be"),
+        (
+            "simulate",
+            ["cluster=model_routing", "cluster.simple_share=1"],
+            r"simple_share=1\.0 .*cluster=plain",
+        ),
+        ("simulate", ["cluster=model_routing", "cluster.escalation=2"], r"cluster\.escalation=2\.0 must be"),
+        (
+            "simulate",
+            ["cluster=model_routing", "cluster.small_model=llama-3.2-2b"],
+            r"did you mean llama-3\.2-1b",
+        ),
+        ("simulate", ["cluster=model_routing", "cluster.simple_tasks=[]"], r"cluster\.simple_tasks is empty"),
+        ("simulate", ["autoscaling=on", "autoscaling.min_replicas=5"], r"autoscaling\.min_replicas=5 <= "),
+        ("simulate", ["autoscaling=on", "autoscaling.interval_s=0"], r"autoscaling\.interval_s=0\.0 must be"),
+        ("simulate", ["failures=on", "failures.mean_repair_s=0"], r"failures\.mean_repair_s=0\.0 must be"),
+        ("simulate", ["failures=on", "failures.max_retries=-1"], r"failures\.max_retries=-1 must be >= 0"),
+        ("simulate", ["limits.max_outstanding=0"], r"limits\.max_outstanding=0 must be >= 1"),
+        ("simulate", ["limits.max_outstandng=5"], r"did you mean limits\.max_outstanding"),
         ("policy_sweep", ["experiment.loads=[0.5,0]"], r"experiment\.loads=0\.0 must be"),
         ("policy_sweep", ["experiment.only=[statc]"], r"experiment\.only.*did you mean static"),
         ("policy_sweep", ["experiment.arrivals=all_at_once"], r"all_at_once has no rate to sweep"),

@@ -106,6 +106,7 @@ def test_tau_and_alpha_are_those_of_the_steps_table():
             "num_new": [[9, 5], [1, 1], [1]],
             "emits": [[True, True], [True, True], [True]],
             "num_drafted": [[0, 0], [2, 2], [2]],
+            "draft_depths": [[0, 0], [2, 2], [2]],
             "row_accepted": [[0, 0], [2, 1], [0]],
             "row_emitted": [[1, 1], [3, 2], [1]],
         }
