@@ -10,12 +10,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.drafter.base import Draft
+from specdec.names import unknown_name
 from specdec.output import TokenLogprobs
 from specdec.random import Stream, uniforms
 from specdec.rows import RowState
 from specdec.sampling import PenaltyRow, apply_penalties, find_nan_rows, top_logprobs
-from specdec.scheduler.plan import IntArray, StepPlan
-from specdec.verify import chain_rule, verify_chains, verify_greedy
+from specdec.scheduler.plan import IntArray, LongArray, StepPlan
+from specdec.tree import Tree
+from specdec.verify import verify_chains, verify_greedy, verify_tree
+
+RULES = {
+    "token": ("token", "recursive"),
+    "recursive": ("token", "recursive"),
+    "block": ("block", "traversal"),
+    "traversal": ("block", "traversal"),
+}
+"""Verification rules by name: how chains are verified, and trees. Recursive verification of a chain is token
+verification, traversal of a chain is block verification."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +35,16 @@ class Selection:
 
     Attributes:
         num_accepted: int32 [R].
-        emitted: int64 [R, K + 1], the accepted drafts followed by the next token.
+        path: int64 [R, K], places of the accepted tokens in the draft, in order; then anything.
+        emitted: int64 [R, K + 1], the accepted tokens followed by the next one.
+        logit_start: int64 [R], where a row's logits begin, -1 if it does not emit.
         logprobs: by index into R, one entry per emitted token, for rows that asked.
     """
 
     num_accepted: IntArray
-    emitted: NDArray[np.int64]
+    path: LongArray
+    emitted: LongArray
+    logit_start: LongArray
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
@@ -37,13 +52,15 @@ class Acceptor:
     """Applies a verification rule.
 
     Args:
-        rule: how sampled rows verify ("token" or "block"); greedy rows always take the argmax.
+        rule: how sampled rows verify, one of ``RULES``; greedy rows always take the argmax.
         state: sampling parameters and known tokens by row.
     """
 
     def __init__(self, rule: str, state: RowState) -> None:
-        chain_rule(rule)
+        if rule not in RULES:
+            raise unknown_name("verification rule", rule, RULES)
         self.rule = rule
+        self._chain_rule, self._tree_rule = RULES[rule]
         self._state = state
 
     def select(self, plan: StepPlan, draft: Draft, logits: Tensor) -> Selection:
@@ -52,58 +69,101 @@ class Acceptor:
         Raises:
             ValueError: NaN logits, naming the requests.
         """
-        width = draft.tokens.shape[1]
-        num_accepted = np.zeros(plan.rows.size, np.int32)
-        emitted = np.zeros((plan.rows.size, width + 1), np.int64)
+        size, width = plan.rows.size, draft.tokens.shape[1]
+        chosen = Selection(
+            num_accepted=np.zeros(size, np.int32),
+            path=np.tile(np.arange(width), (size, 1)),
+            emitted=np.zeros((size, width + 1), np.int64),
+            logit_start=np.full(size, -1, np.int64),
+        )
         emitting = np.flatnonzero(plan.emits)
         if emitting.size == 0:
-            return Selection(num_accepted, emitted)
+            return chosen
         counts = draft.num_drafted[emitting] + 1
-        starts = np.cumsum(counts) - counts
+        chosen.logit_start[emitting] = np.cumsum(counts) - counts
         self._check_finite(plan, emitting, counts, logits)
-        penalised = self._penalise(plan, draft, emitting, starts, logits)
-        # Row b's logits for draft position j; positions beyond its drafts repeat the last one and are unused.
-        flat = starts[:, None] + np.minimum(np.arange(width + 1), counts[:, None] - 1)
+        penalised = self._penalise(plan, draft, emitting, chosen.logit_start, logits)
         greedy = self._state.temperature[plan.rows[emitting]] == 0
-        next_token = np.zeros(emitting.size, np.int64)
-        for mask, verify in ((greedy, self._verify_greedy), (~greedy, self._verify_sampled)):
+        next_token = np.zeros(size, np.int64)
+        for mask, decide in ((greedy, self._verify_greedy), (~greedy, self._verify_sampled)):
             if mask.any():
-                some = emitting[mask]
-                num_accepted[some], next_token[mask] = verify(plan, draft, some, flat[mask], penalised)
-        emitted[:, :width] = draft.tokens
-        emitted[emitting, num_accepted[emitting]] = next_token
-        logprobs = self._logprobs(plan, emitting, starts, num_accepted, emitted, logits)
-        return Selection(num_accepted, emitted, logprobs)
+                next_token[emitting[mask]] = decide(plan, draft, emitting[mask], penalised, chosen)
+        chosen.emitted[:, :width] = np.take_along_axis(draft.tokens, chosen.path, axis=1)
+        chosen.emitted[emitting, chosen.num_accepted[emitting]] = next_token[emitting]
+        self._log_probs(plan, draft, emitting, logits, chosen)
+        return chosen
 
     def _verify_greedy(
-        self, plan: StepPlan, draft: Draft, some: NDArray[np.int64], flat: NDArray[np.int64], logits: Tensor
-    ) -> tuple[IntArray, NDArray[np.int64]]:
-        argmax = logits.argmax(dim=-1).numpy(force=True)
-        return verify_greedy(argmax[flat], draft.tokens[some], draft.num_drafted[some])
+        self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
+    ) -> LongArray:
+        """Fill the accepted part of ``chosen`` for the rows ``some`` of the plan; the token that follows each."""
+        argmax = logits.argmax(dim=-1).numpy(force=True)[_positions(draft, some, chosen.logit_start)]
+        tokens, num_drafted = draft.tokens[some], draft.num_drafted[some]
+        if draft.parents is None:
+            chosen.num_accepted[some], next_token = verify_greedy(argmax, tokens, num_drafted)
+            return next_token
+        parents = draft.parents[some]
+        usable = np.arange(tokens.shape[1]) < num_drafted[:, None]
+        rows, node = np.arange(some.size), np.full(some.size, -1)
+        for depth in range(tokens.shape[1]):
+            # Siblings have different tokens, so at most one child is the argmax after its parent.
+            agrees = usable & (parents == node[:, None]) & (tokens == argmax[rows, node + 1][:, None])
+            going = agrees.any(axis=1)
+            if not going.any():
+                break
+            node = np.where(going, agrees.argmax(axis=1), node)
+            # A row that has stopped finds no child of its last node in later rounds either.
+            chosen.path[some[going], depth] = node[going]
+            chosen.num_accepted[some[going]] = depth + 1
+        return argmax[rows, node + 1]
 
     def _verify_sampled(
-        self, plan: StepPlan, draft: Draft, some: NDArray[np.int64], flat: NDArray[np.int64], logits: Tensor
-    ) -> tuple[IntArray, NDArray[np.int64]]:
-        state, rows = self._state, plan.rows[some]
+        self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
+    ) -> LongArray:
+        """:meth:`_verify_greedy` for rows that sample."""
+        if draft.parents is not None:
+            return self._verify_sampled_trees(plan, draft, some, logits, chosen)
+        state, rows, width = self._state, plan.rows[some], draft.tokens.shape[1]
+        flat = _positions(draft, some, chosen.logit_start)
         needed = np.unique(flat)
         owner = np.zeros(logits.shape[0], np.int64)
         owner[flat] = rows[:, None]
         probs = state.probs(logits[torch.from_numpy(needed)], owner[needed]).numpy(force=True)
-        target_probs = probs[np.searchsorted(needed, flat)]
         counters = state.num_known[rows].astype(np.uint64)
-        width = draft.tokens.shape[1]
-        return verify_chains(
-            self.rule,
-            target_probs,
+        chosen.num_accepted[some], next_token = verify_chains(
+            self._chain_rule,
+            probs[np.searchsorted(needed, flat)],
             None if draft.probs is None else draft.probs[some],
             draft.tokens[some],
             draft.num_drafted[some],
             uniforms(state.seeds[rows], counters, Stream.ACCEPT, max(width, 1))[:, :width],
             uniforms(state.seeds[rows], counters, Stream.RESIDUAL, 1)[:, 0],
         )
+        return next_token
+
+    def _verify_sampled_trees(
+        self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
+    ) -> LongArray:
+        assert draft.parents is not None
+        state, next_token = self._state, np.zeros(some.size, np.int64)
+        for place, index in enumerate(some.tolist()):
+            row, count, start = plan.rows[index], int(draft.num_drafted[index]), chosen.logit_start[index]
+            owner = np.full(count + 1, row)
+            counter = state.num_known[[row]].astype(np.uint64)
+            path, next_token[place] = verify_tree(
+                "one_hot" if draft.probs is None else self._tree_rule,
+                Tree(draft.parents[index, :count].tolist()),
+                draft.tokens[index, :count],
+                state.probs(logits[start : start + count + 1], owner).numpy(force=True),
+                None if draft.probs is None else draft.probs[index, : count + 1],
+                uniforms(state.seeds[[row]], counter, Stream.ACCEPT, count + 1)[0],
+            )
+            chosen.path[index, : len(path)] = path
+            chosen.num_accepted[index] = len(path)
+        return next_token
 
     def _check_finite(
-        self, plan: StepPlan, emitting: NDArray[np.int64], counts: NDArray[np.int32], logits: Tensor
+        self, plan: StepPlan, emitting: LongArray, counts: NDArray[np.int32], logits: Tensor
     ) -> None:
         bad = find_nan_rows(logits)
         if len(bad):
@@ -114,12 +174,7 @@ class Acceptor:
             )
 
     def _penalise(
-        self,
-        plan: StepPlan,
-        draft: Draft,
-        emitting: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        logits: Tensor,
+        self, plan: StepPlan, draft: Draft, emitting: LongArray, logit_start: LongArray, logits: Tensor
     ) -> Tensor:
         """Logits after repetition and presence penalties; each draft position has its own history."""
         state = self._state
@@ -127,41 +182,48 @@ class Acceptor:
             return logits
         histories: list[PenaltyRow] = []
         repetition, presence = np.ones(logits.shape[0]), np.zeros(logits.shape[0])
-        for index, start in zip(emitting.tolist(), starts.tolist(), strict=True):
-            row, count = int(plan.rows[index]), int(draft.num_drafted[index]) + 1
-            repetition[start : start + count] = state.repetition_penalty[row]
-            presence[start : start + count] = state.presence_penalty[row]
+        for index in emitting.tolist():
+            row, count, start = int(plan.rows[index]), int(draft.num_drafted[index]), int(logit_start[index])
+            repetition[start : start + count + 1] = state.repetition_penalty[row]
+            presence[start : start + count + 1] = state.presence_penalty[row]
             known, num_prompt = state.known(row), int(state.num_prompt[row])
+            parents = range(-1, count - 1) if draft.parents is None else draft.parents[index, :count].tolist()
+            branches: list[list[int]] = [[]]
+            for parent, token in zip(parents, draft.tokens[index, :count].tolist(), strict=True):
+                branches.append([*branches[parent + 1], token])
             histories += [
-                PenaltyRow(start + position, known, num_prompt, draft.tokens[index, :position])
-                for position in range(count)
+                PenaltyRow(start + place, known, num_prompt, np.array(branch, np.int64))
+                for place, branch in enumerate(branches)
             ]
         penalised = logits.clone()
         apply_penalties(penalised, histories, repetition, presence)
         return penalised
 
-    def _logprobs(
-        self,
-        plan: StepPlan,
-        emitting: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        num_accepted: IntArray,
-        emitted: NDArray[np.int64],
-        logits: Tensor,
-    ) -> dict[int, list[TokenLogprobs]]:
-        wanted = self._state.logprobs[plan.rows[emitting]]
-        found: dict[int, list[TokenLogprobs]] = {}
-        for place in np.flatnonzero(wanted >= 0).tolist():
-            index, start = int(emitting[place]), int(starts[place])
-            count = int(num_accepted[index]) + 1
-            tokens = emitted[index, :count]
-            chosen, values, ids = top_logprobs(logits[start : start + count], tokens, int(wanted[place]))
-            found[index] = [
+    def _log_probs(
+        self, plan: StepPlan, draft: Draft, emitting: LongArray, logits: Tensor, chosen: Selection
+    ) -> None:
+        """Fill ``chosen.logprobs``."""
+        wanted = self._state.logprobs[plan.rows]
+        for index in emitting[wanted[emitting] >= 0].tolist():
+            count = int(chosen.num_accepted[index])
+            # A token's law stands at the place of the token before it.
+            places = chosen.logit_start[index] + np.append(0, chosen.path[index, :count] + 1)
+            tokens = chosen.emitted[index, : count + 1]
+            values = top_logprobs(logits[torch.from_numpy(places)], tokens, int(wanted[index]))
+            chosen.logprobs[index] = [
                 TokenLogprobs(
                     token_id=token, logprob=logprob, top=tuple(zip(top_ids, top_values, strict=True))
                 )
-                for token, logprob, top_ids, top_values in zip(
-                    tokens.tolist(), chosen.tolist(), ids.tolist(), values.tolist(), strict=True
+                for token, logprob, top_values, top_ids in zip(
+                    tokens.tolist(), *(part.tolist() for part in values), strict=True
                 )
             ]
-        return found
+
+
+def _positions(draft: Draft, some: LongArray, logit_start: LongArray) -> LongArray:
+    """int64 [n, K + 1]: where the logits after the last known token and after each draft of the rows ``some`` are.
+
+    Those beyond a row's drafts repeat the last one and are not read.
+    """
+    places = np.minimum(np.arange(draft.tokens.shape[1] + 1), draft.num_drafted[some][:, None])
+    return logit_start[some][:, None] + places

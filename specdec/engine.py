@@ -16,15 +16,17 @@ import numpy as np
 from torch import Tensor
 
 from specdec.acceptor import Acceptor, Selection
-from specdec.drafter.base import Draft, Drafter, DraftHost
+from specdec.drafter.base import Draft, Drafter, DraftHost, Verified
+from specdec.model.batch import Captured
 from specdec.model.tokenizer import Tokenizer
 from specdec.output import OnToken, RequestOutput, StreamEvent, TextStream, TokenLogprobs
 from specdec.random import derive_seed
-from specdec.rows import RowState, StepInput, verification_counts
+from specdec.rows import RowState, StepInput, ragged_arange, verification_counts
 from specdec.runner import Runner
 from specdec.scheduler import Request, SamplingParams, StepLoop, StepOutcome, StepPlan, hash_blocks
 from specdec.scheduler.plan import BoolArray, IntArray, LongArray
 from specdec.trace import RequestRecord, TraceWriter
+from specdec.tree import pack_trees
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +56,8 @@ class Engine:
         tokenizer: for stop strings and output text.
         loop: the scheduler; its pool has the runner's blocks.
         drafter: proposes tokens, or ``None`` for plain decoding.
-        rule: verification rule for sampled rows, "token" or "block".
+        rule: verification rule for sampled rows, "token" or "block"; of trees "recursive" or "traversal", which are
+            the same rules there. Trees of deterministic drafts are verified one-hot.
         seed: from which requests without a seed derive theirs.
         clock: seconds since an arbitrary start; replaced at the start of each :meth:`run`.
     """
@@ -184,11 +187,14 @@ class Engine:
         planned_s = self.clock()
         draft = self.drafter.propose(plan) if self.drafter else Draft.none(plan.rows.size)
         drafted_s = self.clock()
-        logits = self._forward(plan, draft)
+        batch, depths = self._input(plan, draft)
+        logits, captured = self._forward(batch)
         verified_s = self.clock()
         selection = self.acceptor.select(plan, draft, logits)
+        if draft.parents is not None:
+            self._compact(plan, selection)
         sampled_s = self.clock()
-        counts, finished = self._emit(plan, draft.num_drafted, selection)
+        counts, finished = self._emit(plan, depths, selection)
         hashed_rows, hashes = self._hash_new_blocks(plan, counts)
         outcome = StepOutcome(
             num_drafted=draft.num_drafted,
@@ -201,8 +207,14 @@ class Engine:
             overhead_s=self.clock() - sampled_s + planned_s - now_s + self._carried_s,
             hashed_rows=hashed_rows,
             block_hashes=hashes,
+            tree_depths=None if draft.parents is None else depths,
         )
         decided_s = self.clock()
+        if self.drafter:
+            hidden = captured.hidden if captured else None
+            starts, path = selection.logit_start, selection.path
+            verified = Verified(draft, logits, starts, path, batch.query_start, hidden)
+            self.drafter.observe(plan, outcome, verified)
         jobs = self._commit(plan, outcome)
         if self.trace:
             loop = self.loop
@@ -253,19 +265,61 @@ class Engine:
         job.position_accepted = self.state.position_accepted[job.row].copy()
         self._watched.pop(job.row, None)
 
-    def _forward(self, plan: StepPlan, draft: Draft) -> Tensor:
-        if draft.tokens.shape[1]:
-            self.state.write_drafts(plan.rows, draft.tokens)
+    def _input(self, plan: StepPlan, draft: Draft) -> tuple[StepInput, IntArray]:
+        """The target's pass, and the depth of each row's draft, int32 [R]: its most tokens that can be accepted."""
         counts, logits = verification_counts(plan, draft.num_drafted)
+        width = draft.tokens.shape[1]
+        if width:
+            self.state.write_drafts(plan.rows, draft.tokens)
+        offsets, masks, depths = None, None, draft.num_drafted
+        if draft.parents is not None:
+            node_depths, node_masks = pack_trees(draft.parents, draft.num_drafted)
+            depths = node_depths.max(axis=1, initial=0)
+            # Only decoding rows draft, so a tree's root is the first token of its row.
+            offsets, masks = (
+                ragged_arange(counts).astype(np.int32),
+                np.zeros((int(counts.sum()), 2), np.int64),
+            )
+            drafted = np.flatnonzero(draft.num_drafted)
+            sizes = counts[drafted]
+            row, entry = np.repeat(drafted, sizes), ragged_arange(sizes)
+            places = (np.cumsum(counts) - counts)[row] + entry
+            masks[places] = node_masks[row, entry]
+            offsets[places] = np.where(entry > 0, node_depths[row, np.maximum(entry, 1) - 1], 0)
         table, size = self.loop.table.block_table, self.loop.config.block_size
-        return self.runner.forward(
-            StepInput(self.state, table, size, plan.rows, plan.context, counts, logits)
+        batch = StepInput(
+            self.state, table, size, plan.rows, plan.context, counts, logits, depths=offsets, tree_mask=masks
         )
+        return batch, depths
 
-    def _emit(
-        self, plan: StepPlan, num_drafted: IntArray, selection: Selection
-    ) -> tuple[IntArray, BoolArray]:
-        """Append emitted tokens up to each row's end; int32 [R] how many, bool [R] which rows finished."""
+    def _forward(self, batch: StepInput) -> tuple[Tensor, Captured | None]:
+        layers, captured = self.drafter.captures if self.drafter else (), None
+        if layers:
+            num_tokens, width = batch.token_ids.size, self.runner.config.hidden_size
+            captured = Captured.empty(layers, num_tokens, width, self.runner.device)
+        return self.runner.forward(batch, captured=captured), captured
+
+    def _compact(self, plan: StepPlan, selection: Selection) -> None:
+        """Move the KV of accepted nodes to where their tokens belong in the sequence."""
+        path = selection.path
+        depth = np.arange(path.shape[1])
+        moved = (path != depth) & (depth < selection.num_accepted[:, None])
+        index, depth = moved.nonzero()
+        if index.size == 0:
+            return
+        rows, first = plan.rows[index], (plan.context + plan.num_new)[index]
+        table, size = self.loop.table.block_table, self.loop.config.block_size
+
+        def slots(place: LongArray) -> LongArray:
+            return table[rows, place // size].astype(np.int64) * size + place % size
+
+        self.runner.move_slots(slots(first + path[index, depth]), slots(first + depth))
+
+    def _emit(self, plan: StepPlan, depths: IntArray, selection: Selection) -> tuple[IntArray, BoolArray]:
+        """Append emitted tokens up to each row's end; int32 [R] how many, bool [R] which rows finished.
+
+        ``depths`` int32 [R] are those of the rows' drafts.
+        """
         table, rows, emitted = self.loop.table, plan.rows, selection.emitted
         left = table.num_left(rows)
         counts = np.where(plan.emits, np.minimum(selection.num_accepted + 1, left), 0).astype(np.int32)
@@ -286,7 +340,7 @@ class Engine:
         for index in np.flatnonzero(stopped).tolist():
             self._jobs[int(plan.request_ids[index])].finish_reason = "stop"
         self.state.append(rows, emitted, counts)
-        self.state.count_positions(rows, num_drafted, selection.num_accepted)
+        self.state.count_positions(rows, depths, selection.num_accepted)
         return counts, stopped | (plan.emits & (counts == left))
 
     def _watched_in(self, plan: StepPlan) -> list[tuple[int, Job]]:
@@ -323,9 +377,7 @@ class Engine:
         return np.array(rows_out, np.int64), np.array(hashes_out, np.uint64)
 
     def _commit(self, plan: StepPlan, outcome: StepOutcome) -> list[Job]:
-        """Tell the drafter, the listeners and the scheduler; the jobs that finished."""
-        if self.drafter:
-            self.drafter.observe(plan, outcome)
+        """Tell the listeners and the scheduler; the jobs that finished."""
         finished = [self._jobs[request_id] for request_id in plan.request_ids[outcome.finished].tolist()]
         for index, job in self._watched_in(plan):
             count, is_last = int(outcome.num_emitted[index]), bool(outcome.finished[index])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from specdec.drafter import make_drafter
 from specdec.drafter.synthetic import SyntheticDrafter
@@ -18,6 +19,7 @@ from specdec.engine import Engine
 from specdec.model.weights import LoadedModel, load_model
 from specdec.names import unknown_name
 from specdec.output import OnToken, RequestOutput
+from specdec.rows import RowState, StepInput
 from specdec.runner import choose_backend, kv_bytes_per_block, make_runner
 from specdec.scheduler import SamplingParams, SchedulerConfig, StepLoop, make_controller, make_policy
 from specdec.scheduler.plan import IntArray
@@ -25,6 +27,7 @@ from specdec.scheduler.speculation import Off
 from specdec.trace import TraceWriter
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+_CHUNK = 1024  # prompt tokens of one pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -120,7 +123,8 @@ class LLM:
                 ``{"name": "draft_model", "model": "path/to/draft"}``.
             num_drafts: draft tokens per step, k.
             speculation: ``"fixed"``, ``"adaptive"`` or ``"off"``, or a mapping with options.
-            rule: how sampled drafts are verified, ``"token"`` or ``"block"``. Both are lossless.
+            rule: how sampled drafts are verified, ``"token"`` or ``"block"``; of trees that is ``"recursive"`` or
+                ``"traversal"``, which mean the same. All are lossless.
             policy: batching policy: ``"static"``, ``"dynamic"``, ``"continuous"``, ``"chunked"``, or a mapping
                 with options, e.g. ``{"name": "dynamic", "window_s": 0.1}``.
             order: ``"fcfs"``, ``"sjf"``, ``"priority"`` or ``"edf"``.
@@ -216,6 +220,59 @@ class LLM:
         finally:
             engine.abandon()
             engine.trace = None
+
+    def continuation_logits(
+        self, prompt: IntArray, continuations: Iterable[Sequence[int]]
+    ) -> Iterator[Tensor]:
+        """What the target says after ``prompt`` and after each token of a continuation, one by one.
+
+        For judging outputs: it runs the model alone, in KV blocks that the engine does not need meanwhile.
+
+        Args:
+            prompt: int32 [n].
+            continuations: of c token ids each.
+
+        Yields:
+            float32 [c + 1, V] for each: the logits before its first token and after each of its tokens.
+
+        Raises:
+            ValueError: a continuation that the context or the free KV blocks cannot hold.
+        """
+        pool, size = self.engine.loop.pool, self.block_size
+        prompt = np.ascontiguousarray(prompt, np.int32)
+        state = RowState(1, self.max_model_len, 0)
+        state.tokens[0, : prompt.size] = prompt
+        row = np.zeros(1, np.int64)
+
+        def ints(value: int) -> IntArray:
+            return np.full(1, value, np.int32)
+
+        is_computed, blocks = False, np.zeros(0, np.int64)
+        try:
+            for tokens in continuations:
+                total = prompt.size + len(tokens)
+                more = pool.blocks_for(total) - blocks.size
+                if total > self.max_model_len or more > pool.num_free:
+                    raise ValueError(
+                        f"a prompt of {prompt.size} tokens + {len(tokens)} do not fit: max_model_len="
+                        f"{self.max_model_len}, free are {pool.num_free} KV blocks of {size} tokens"
+                    )
+                if more > 0:
+                    blocks = np.concatenate([blocks, pool.allocate(more)])
+                table = blocks[None].astype(np.int32)
+                state.tokens[0, prompt.size : total] = tokens
+                if not is_computed:
+                    for start in range(0, prompt.size - 1, _CHUNK):
+                        count = min(_CHUNK, prompt.size - 1 - start)
+                        chunk = StepInput(state, table, size, row, ints(start), ints(count), ints(0))
+                        self.runner.forward(chunk)
+                    is_computed = True
+                count = ints(len(tokens) + 1)
+                yield self.runner.forward(
+                    StepInput(state, table, size, row, ints(prompt.size - 1), count, count)
+                )
+        finally:
+            pool.release(blocks)
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[IntArray]:
         """Token ids of each prompt, int32 [n]."""

@@ -142,19 +142,20 @@ def decode_rows(steps: pl.DataFrame) -> pl.DataFrame:
     Plain decoding counts as a verification of no drafts. May be empty, if every request generated one token.
 
     Returns:
-        ``step``, ``request_id``, ``num_drafted``, ``num_accepted``, ``num_emitted``. Filter by ``request_id``
-        for the figures of a task.
+        ``step``, ``request_id``, ``num_drafted``, ``draft_depth`` (less than ``num_drafted`` in trees),
+        ``num_accepted``, ``num_emitted``. Filter by ``request_id`` for the figures of a task.
 
     Raises:
         ValueError: the table has no rows.
     """
     _check_rows(steps, "steps")
-    lists = ["request_ids", "num_new", "emits", "num_drafted", "row_accepted", "row_emitted"]
+    lists = ["request_ids", "num_new", "emits", "num_drafted", "draft_depths", "row_accepted", "row_emitted"]
     rows = steps.filter(pl.col("num_rows") > 0).select("step", *lists).explode(lists)
     return rows.filter(pl.col("emits") & (pl.col("num_new") == 1)).select(
         "step",
         "num_drafted",
         request_id="request_ids",
+        draft_depth="draft_depths",
         num_accepted="row_accepted",
         num_emitted="row_emitted",
     )
@@ -188,7 +189,7 @@ def judged_drafts(rows: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int
     The arguments of :func:`bootstrap_ratio` for an interval around :func:`acceptance_rate`.
     """
     accepted = rows["num_accepted"].to_numpy()
-    return accepted, accepted + (accepted < rows["num_drafted"].to_numpy())
+    return accepted, accepted + (accepted < rows["draft_depth"].to_numpy())
 
 
 def acceptance_by_position(rows: pl.DataFrame) -> pl.DataFrame:
@@ -198,12 +199,12 @@ def acceptance_by_position(rows: pl.DataFrame) -> pl.DataFrame:
         rows: of :func:`decode_rows`.
 
     Returns:
-        One row per draft position j = 1, 2, …: ``position``, ``num_reached`` (verifications that drafted a
+        One row per draft position j = 1, 2, …, which in trees is a depth: ``position``, ``num_reached`` (verifications that drafted a
         token there and accepted all before it), ``num_accepted``, ``conditional_rate`` c_j, and ``survival``
         Π_{i≤j} c_i, the chance that a draft of at least j tokens is accepted up to j. Without drafts there
         are no rows.
     """
-    drafted, accepted = rows["num_drafted"].to_numpy(), rows["num_accepted"].to_numpy()
+    drafted, accepted = rows["draft_depth"].to_numpy(), rows["num_accepted"].to_numpy()
     positions = np.arange(1, int(drafted.max(initial=0)) + 1)
     reached = [int(((drafted >= j) & (accepted >= j - 1)).sum()) for j in positions]
     kept = [int((accepted >= j).sum()) for j in positions]

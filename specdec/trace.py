@@ -55,6 +55,7 @@ _PLAN_ROWS = ("rows", "request_ids", "context", "num_new", "num_drafts", "emits"
 _PLAN_LISTS = ("preempted", "copies", "swapped_out", "swapped_out_blocks", "swapped_in")
 _OUTCOME_ROWS = {
     "num_drafted": "num_drafted",
+    "draft_depths": "draft_depths",
     "row_accepted": "num_accepted",
     "row_emitted": "num_emitted",
     "finished": "finished",
@@ -67,6 +68,7 @@ STEP_SCHEMA: dict[str, Any] = _STEP_SCALARS | {
     "num_drafts": _INTS,
     "emits": _BOOLS,
     "num_drafted": _INTS,
+    "draft_depths": _INTS,
     "row_accepted": _INTS,
     "row_emitted": _INTS,
     "finished": _BOOLS,
@@ -363,8 +365,9 @@ def iter_steps(steps: pl.DataFrame) -> Iterator[tuple[StepPlan, StepOutcome]]:
             swapped_in=np.array(row["swapped_in"], np.int64),
             wake_s=math.inf,  # only a plan with nothing to run has another time to wake
         )
+        num_drafted, depths = (np.array(row[name], np.int32) for name in ("num_drafted", "draft_depths"))
         outcome = StepOutcome(
-            num_drafted=np.array(row["num_drafted"], np.int32),
+            num_drafted=num_drafted,
             num_accepted=np.array(row["row_accepted"], np.int32),
             num_emitted=np.array(row["row_emitted"], np.int32),
             finished=np.array(row["finished"], np.bool_),
@@ -374,6 +377,7 @@ def iter_steps(steps: pl.DataFrame) -> Iterator[tuple[StepPlan, StepOutcome]]:
             overhead_s=row["overhead_s"],
             hashed_rows=np.array(row["hashed_rows"], np.int64),
             block_hashes=np.array(row["block_hashes"], np.uint64),
+            tree_depths=None if np.array_equal(depths, num_drafted) else depths,
         )
         yield plan, outcome
 

@@ -31,9 +31,11 @@ def requests_table() -> pl.DataFrame:
     )
 
 
-def rows_table(drafted: list[int], accepted: list[int]) -> pl.DataFrame:
-    emitted = [count + 1 for count in accepted]
-    return pl.DataFrame({"num_drafted": drafted, "num_accepted": accepted, "num_emitted": emitted})
+def rows_table(drafted: list[int], accepted: list[int], width: int = 1) -> pl.DataFrame:
+    """Verifications of drafts so deep; with a ``width``, of trees with so many nodes at each depth."""
+    emitted, nodes = [count + 1 for count in accepted], [width * count for count in drafted]
+    columns = {"num_drafted": nodes, "draft_depth": drafted, "num_accepted": accepted, "num_emitted": emitted}
+    return pl.DataFrame(columns)
 
 
 def test_latencies_by_hand():
@@ -80,6 +82,12 @@ def test_acceptance_by_hand():
     assert table["num_accepted"].to_list() == [3, 2, 1, 1]
     assert table["conditional_rate"].to_list() == [3 / 4, 1.0, 1 / 2, 1.0]
     assert table["survival"].to_list() == [0.75, 0.75, 0.375, 0.375]
+
+
+def test_a_tree_accepted_to_its_depth_rejects_nothing():
+    chains, trees = (rows_table([4, 4, 1], [4, 1, 0], width) for width in (1, 3))
+    assert metrics.acceptance_rate(trees) == metrics.acceptance_rate(chains) == 5 / 7
+    assert metrics.acceptance_by_position(trees).equals(metrics.acceptance_by_position(chains))
 
 
 def test_nothing_drafted():

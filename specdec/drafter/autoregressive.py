@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafter.base import Draft, DraftHost
+from specdec.drafter.base import Draft, DraftHost, Verified
 from specdec.random import Stream, uniforms
 from specdec.rows import StepInput
 from specdec.sampling import sample_from_probs
@@ -19,6 +20,7 @@ class AutoregressiveDrafter(ABC):
     """A drafter that runs a decoder over the paged KV blocks of the rows it drafts for."""
 
     name: str
+    captures: Sequence[int] = ()
 
     def bind(self, host: DraftHost) -> None:
         self._host = host
@@ -31,7 +33,7 @@ class AutoregressiveDrafter(ABC):
     def first_input(self, plan: StepPlan) -> tuple[IntArray, IntArray]:
         """Where the first pass starts and how many known tokens it feeds, int32 [R] each; 0 skips a row."""
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:  # noqa: B027
+    def observe(self, plan: StepPlan, outcome: StepOutcome, verified: Verified) -> None:  # noqa: B027
         """Nothing to learn by default."""
 
     def propose(self, plan: StepPlan) -> Draft:

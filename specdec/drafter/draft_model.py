@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.drafter.autoregressive import AutoregressiveDrafter
-from specdec.drafter.base import Draft, DraftHost
+from specdec.drafter.base import Draft, DraftHost, Verified
 from specdec.model.weights import LoadedModel, check_same_vocabulary, load_model
 from specdec.rows import StepInput
 from specdec.runner import make_runner
@@ -56,7 +56,8 @@ class DraftModelDrafter(AutoregressiveDrafter):
     def propose(self, plan: StepPlan) -> Draft:
         self._runner.copy_blocks(plan.copies)
         self._enter(plan)
-        return super().propose(plan)
+        self._draft = super().propose(plan)
+        return self._draft
 
     def _enter(self, plan: StepPlan) -> None:
         """Find how much of a newcomer's cached prefix the draft cache holds as well."""
@@ -72,12 +73,13 @@ class DraftModelDrafter(AutoregressiveDrafter):
             self._owner[row] = plan.request_ids[index]
             self._computed[row] = leading * self._host.block_size
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def observe(self, plan: StepPlan, outcome: StepOutcome, verified: Verified) -> None:
         """What the draft cache holds now: tokens it was fed, as far as they were accepted."""
         rows = plan.rows
         end = plan.context + plan.num_new
         feeds = (plan.num_drafts > 0) | (plan.num_new > 1)
-        kept = np.minimum(outcome.num_accepted, np.maximum(plan.num_drafts - 1, 0))
+        # Its own tokens that came true, which need not be those that were verified: see ``MergedDrafter``.
+        kept = np.minimum(self._num_right(plan, outcome), np.maximum(plan.num_drafts - 1, 0))
         self._computed[rows] = np.where(feeds, end + kept, self._computed[rows])
         self._owner[rows[outcome.finished]] = -1
         table, size = self._host.table, self._host.block_size
@@ -86,3 +88,12 @@ class DraftModelDrafter(AutoregressiveDrafter):
         held = columns < table.num_blocks[rows][:, None]
         full = (columns + 1) * size <= self._computed[rows][:, None]
         self._filled[table.block_table[rows, :width][held]] = full[held]
+
+    def _num_right(self, plan: StepPlan, outcome: StepOutcome) -> IntArray:
+        """How many of the tokens that were drafted last begin what was emitted, int32 [R]."""
+        tokens, state = self._draft.tokens, self._host.state
+        place = np.arange(tokens.shape[1])
+        first = state.num_known[plan.rows] - outcome.num_emitted
+        right = tokens == state.tokens[plan.rows[:, None], first[:, None] + place]
+        right &= place < np.minimum(self._draft.num_drafted, outcome.num_emitted)[:, None]
+        return np.logical_and.accumulate(right, axis=1).sum(axis=1, dtype=np.int32)

@@ -7,10 +7,12 @@ match is so recent that the continuation runs into the end, it repeats with the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafter.base import Draft, DraftHost
+from specdec.drafter.base import Draft, DraftHost, Verified
 from specdec.scheduler.plan import IntArray, StepOutcome, StepPlan
 
 
@@ -23,6 +25,7 @@ class NgramDrafter:
     """
 
     name = "ngram"
+    captures: Sequence[int] = ()
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 1) -> None:
         if not 1 <= min_ngram <= max_ngram:
@@ -52,7 +55,7 @@ class NgramDrafter:
         num_drafted[wanting] = plan.num_drafts[wanting]
         return Draft(tokens, num_drafted)
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def observe(self, plan: StepPlan, outcome: StepOutcome, verified: Verified) -> None:
         """Nothing to learn: the known tokens are the only state."""
 
 

@@ -386,7 +386,7 @@ class StepLoop:
         if self.speculation.max_drafts:
             table.num_drafted[rows] += drafted
             table.num_accepted[rows] += accepted
-            table.num_rejected[rows] += accepted < drafted
+            table.num_rejected[rows] += accepted < outcome.draft_depths
         table.num_steps[rows] += plan.emits
         if self.config.prefix_caching:
             self._register_blocks(plan, outcome)

@@ -91,6 +91,8 @@ class StepOutcome(NamedTuple):
         draft_s, verify_s, sample_s, overhead_s: seconds by phase.
         hashed_rows: int64 [H], rows whose output completed a block, one entry per block, in order.
         block_hashes: uint64 [H], the chained hash of each such block (see ``hash_blocks``).
+        tree_depths: int32 [R], depth of each row's draft tree, the most tokens of it that could be accepted; ``None``
+            for chains, whose depth is ``num_drafted``.
     """
 
     num_drafted: IntArray
@@ -103,6 +105,12 @@ class StepOutcome(NamedTuple):
     overhead_s: float = 0.0
     hashed_rows: LongArray = NO_IDS
     block_hashes: HashArray = NO_HASHES
+    tree_depths: IntArray | None = None
+
+    @property
+    def draft_depths(self) -> IntArray:
+        """int32 [R], most tokens of each row's draft that could be accepted."""
+        return self.num_drafted if self.tree_depths is None else self.tree_depths
 
     @property
     def step_s(self) -> float:

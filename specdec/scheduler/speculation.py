@@ -133,7 +133,9 @@ class Goodput:
     Args:
         max_drafts: most drafts of a row.
         step_tokens, step_s: seconds of the target's step at so many tokens, rising; linear between, and beyond
-            the last with its slope. They are those of the running device.
+            the last with its slope. They are those of the running device, without context.
+        context_token_s: seconds that reading the KV of one cached token adds to a step. Drafts do not change it, but
+            the longer a step is anyway, the more they are worth.
         draft_step_s: seconds of one pass of the drafter.
         prior_accepted, prior_rejected: pseudo-counts of a row's acceptance rate.
     """
@@ -141,10 +143,12 @@ class Goodput:
     max_drafts: int = 8
     step_tokens: tuple[float, ...] = ()
     step_s: tuple[float, ...] = ()
+    context_token_s: float = 0.0
     draft_step_s: float = 0.0
     prior_accepted: float = 2.0
     prior_rejected: float = 1.0
     is_constant: bool = field(default=False, init=False)
+    _seconds: NDArray[np.float64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_max_drafts(self.max_drafts)
@@ -156,39 +160,48 @@ class Goodput:
             )
         if not all(np.diff(tokens) > 0) or not all(np.diff(seconds) >= 0) or tokens[0] < 1 or seconds[0] <= 0:
             raise ValueError("step_tokens must rise from >= 1, and step_s > 0 must not fall")
-        if not 0.0 <= self.draft_step_s < float("inf"):
-            raise ValueError(f"draft_step_s={self.draft_step_s} must be finite seconds >= 0")
+        for name in ("context_token_s", "draft_step_s"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite seconds >= 0")
         for name in ("prior_accepted", "prior_rejected"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number > 0")
+        object.__setattr__(self, "_seconds", self._interpolated(1024))
 
     def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
-        decoding = np.flatnonzero(table.num_known[rows] - table.num_computed[rows] == 1)
         counts = np.zeros(rows.size, np.int32)
-        if decoding.size == 0 or self.max_drafts == 0:
+        computed = table.num_computed[rows]
+        decoding = (table.num_known[rows] - computed == 1).nonzero()[0]
+        num_rows, k = decoding.size, self.max_drafts
+        if num_rows == 0 or k == 0:
             return counts
         some = rows[decoding]
         accepted = table.num_accepted[some] + self.prior_accepted
-        alpha = accepted / (accepted + table.num_rejected[some] + self.prior_rejected)
         # All first drafts, then all second ones, …: a stable sort keeps a row's drafts in order where worths tie.
-        num_rows = decoding.size
-        worth = np.cumprod(np.broadcast_to(alpha, (self.max_drafts, num_rows)), axis=0).ravel()
-        order = np.argsort(-worth, kind="stable")
-        target_s = self._seconds(np.arange(num_rows, num_rows + order.size + 1))
+        worth = np.empty((k, num_rows))
+        worth[:] = accepted / (accepted + table.num_rejected[some] + self.prior_rejected)
+        worth = np.multiply.accumulate(worth, axis=0).ravel()
+        order = (-worth).argsort(kind="stable")
+        most = num_rows + order.size
+        if most >= self._seconds.size:
+            object.__setattr__(self, "_seconds", self._interpolated(2 * most))
+        context_s = self.context_token_s * int(np.add.reduce(computed[decoding]))
+        target_s = self._seconds[num_rows : most + 1] + context_s
         best_rate, chosen = num_rows / target_s[0], order[:0]
         # The drafter's time depends on the longest draft alone; where it takes none, longer is never worse.
-        for longest in range(1 if self.draft_step_s else self.max_drafts, self.max_drafts + 1):
-            allowed = order[order < longest * num_rows]
-            tokens = num_rows + np.cumsum(worth[allowed])
+        for longest in range(1 if self.draft_step_s else k, k + 1):
+            allowed = order if longest == k else order[order < longest * num_rows]
+            tokens = num_rows + np.add.accumulate(worth[allowed])
             rates = tokens / (target_s[1 : allowed.size + 1] + self.draft_step_s * longest)
-            place = int(np.argmax(rates))
+            place = int(rates.argmax())
             if rates[place] > best_rate:
                 best_rate, chosen = rates[place], allowed[: place + 1]
         counts[decoding] = np.bincount(chosen % num_rows, minlength=num_rows)
         return counts
 
-    def _seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        known, seconds = self.step_tokens, self.step_s
+    def _interpolated(self, size: int) -> NDArray[np.float64]:
+        """Seconds of the target's step at 0, 1, …, ``size`` - 1 tokens."""
+        tokens, known, seconds = np.arange(size), self.step_tokens, self.step_s
         slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
         return np.interp(tokens, known, seconds) + slope * np.maximum(tokens - known[-1], 0.0)
 

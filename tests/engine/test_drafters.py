@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from specdec import LLM, SamplingParams
+from specdec.drafter.merged import MergedDrafter
 from specdec.drafter.ngram import latest_match
 
 
@@ -138,3 +139,56 @@ def test_a_draft_model_keeps_up_after_preemption_and_prefix_hits(tiny_llama_dir)
         outs = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
         assert sum(o.num_preemptions for o in outs) > 0
         assert sum(o.num_accepted for o in outs) >= 0.99 * sum(o.num_drafted for o in outs) > 0
+
+
+def test_a_draft_model_keeps_up_when_other_drafts_are_verified_too(tiny_llama_dir):
+    llm = LLM(
+        str(tiny_llama_dir),
+        {
+            "name": "merged",
+            "drafters": [{"name": "draft_model", "model": str(tiny_llama_dir)}, "recycling", "ngram"],
+        },
+        num_drafts=4,
+        dtype="float32",
+        max_model_len=128,
+    )
+    drafter, state = llm.engine.drafter, llm.engine.state
+    assert isinstance(drafter, MergedDrafter)
+    draft_model, drafted = drafter.sources[0], []
+    propose = draft_model.propose
+
+    def recording(plan):
+        draft = propose(plan)
+        for index, row in enumerate(plan.rows):
+            tokens = draft.tokens[index, : draft.num_drafted[index]].tolist()
+            drafted.append((int(plan.request_ids[index]), int(state.num_known[row]), tokens))
+        return draft
+
+    draft_model.propose = recording
+    prompts = [[10, 11, 12], [20] * 20, [30, 31] * 9]
+    outs = llm.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True))
+    texts = {out.request_id: out.prompt_token_ids + out.token_ids for out in outs}
+    right = [tokens == texts[number][known : known + len(tokens)] for number, known, tokens in drafted]
+    assert sum(right) >= 0.95 * len(right), "the draft cache lags or holds wrong keys"
+    assert any(out.num_accepted < out.num_drafted for out in outs), "others' drafts were verified"
+
+
+def test_samples_of_requests_kept_apart_are_the_same_alone_and_in_a_batch(tiny_llama_dir):
+    llm = LLM(
+        str(tiny_llama_dir),
+        {"name": "suffix", "max_corpus_tokens": 0},
+        num_drafts=6,
+        dtype="float32",
+        max_model_len=128,
+        num_blocks=16,
+        watermark=0.0,
+    )
+    prompts = [[10, 11, 12, 10, 11], [20] * 9, [30, 31] * 5]
+    params = [
+        SamplingParams(temperature=0.7, top_k=4, max_tokens=40, seed=seed, ignore_eos=True)
+        for seed in (1, 2, 3)
+    ]
+    alone = [llm.generate([prompt], one)[0].token_ids for prompt, one in zip(prompts, params, strict=True)]
+    outs = llm.generate(prompts, params)
+    assert [out.token_ids for out in outs] == alone
+    assert sum(out.num_accepted for out in outs) > 0

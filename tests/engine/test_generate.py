@@ -214,9 +214,9 @@ def test_nan_logits_name_the_request_and_finished_outputs_are_not_lost(tiny_llam
     finished = []
     forward, steps = llm.engine.runner.forward, [0]
 
-    def breaks_later(batch, layers=None):
+    def breaks_later(batch, layers=None, captured=None):
         steps[0] += 1
-        logits = forward(batch, layers).clone()
+        logits = forward(batch, layers, captured).clone()
         if steps[0] == 5:
             logits[-1, 0] = torch.nan
         return logits

@@ -25,7 +25,15 @@ def tiny_drafters(draft_dir) -> dict[str, dict]:
         "layer_skip": {"name": "layer_skip", "num_skip": 1},
         "draft_model": {"name": "draft_model", "model": str(draft_dir)},
         "synthetic": {"name": "synthetic", "alpha": 0.7},
+        "synthetic_tree": {"name": "synthetic", "alpha": 0.8, "width": 2},
+        "suffix": {"name": "suffix"},
+        "recycling": {"name": "recycling"},
+        "merged": MERGED,
     }
+
+
+MERGED = {"name": "merged", "drafters": ["suffix", "recycling", {"name": "ngram", "max_ngram": 2}]}
+TINY_DRAFTERS = list(tiny_drafters(None))
 
 
 ROOMY = {"num_blocks": 128, "max_num_batched_tokens": 256}
@@ -45,7 +53,7 @@ def tiny_plain(tiny_llama_dir):
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-@pytest.mark.parametrize("drafter", ["ngram", "layer_skip", "draft_model", "synthetic"])
+@pytest.mark.parametrize("drafter", TINY_DRAFTERS)
 def test_every_drafter_under_every_policy_and_batch(
     drafter, policy, batch, tiny_plain, tiny_llama_dir, tiny_draft_dir
 ):
@@ -64,7 +72,7 @@ def test_every_drafter_under_every_policy_and_batch(
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-@pytest.mark.parametrize("drafter", ["ngram", "layer_skip", "draft_model", "synthetic"])
+@pytest.mark.parametrize("drafter", TINY_DRAFTERS)
 def test_forced_preemption_keeps_the_output(drafter, policy, tiny_plain, tiny_llama_dir, tiny_draft_dir):
     llm = LLM(
         str(tiny_llama_dir),
@@ -81,7 +89,7 @@ def test_forced_preemption_keeps_the_output(drafter, policy, tiny_plain, tiny_ll
     assert sum(out.num_preemptions for out in got) > 0
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "layer_skip", "draft_model", "synthetic"])
+@pytest.mark.parametrize("drafter", TINY_DRAFTERS)
 def test_swapped_out_requests_keep_their_output(drafter, tiny_plain, tiny_llama_dir, tiny_draft_dir):
     llm = LLM(
         str(tiny_llama_dir),
@@ -96,9 +104,9 @@ def test_swapped_out_requests_keep_their_output(drafter, tiny_plain, tiny_llama_
     )
     computed, forward = [0], llm.runner.forward
 
-    def counting(batch, layers=None):
+    def counting(batch, layers=None, captured=None):
         computed[0] += batch.token_ids.size if layers is None else 0
-        return forward(batch, layers)
+        return forward(batch, layers, captured)
 
     llm.runner.forward = counting
     got = outputs(llm, tiny_prompts(8))
@@ -110,7 +118,7 @@ def test_swapped_out_requests_keep_their_output(drafter, tiny_plain, tiny_llama_
         assert computed[0] == prompts + drafted + steps - len(got)
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "layer_skip", "draft_model", "synthetic"])
+@pytest.mark.parametrize("drafter", TINY_DRAFTERS)
 def test_chunked_prefill_and_prefix_hits_keep_the_output(drafter, tiny_plain, tiny_llama_dir, tiny_draft_dir):
     llm = LLM(
         str(tiny_llama_dir),
@@ -161,6 +169,43 @@ def test_speculation_takes_fewer_steps_when_drafts_are_right(tiny_llama_dir):
     assert all(out.num_steps == 5 for out in got)
 
 
+def test_trees_take_fewer_steps_when_one_of_the_siblings_is_right(tiny_plain, tiny_llama_dir):
+    llm = LLM(
+        str(tiny_llama_dir),
+        {"name": "synthetic", "alpha": 1.0, "width": 3},
+        num_drafts=9,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=4,
+    )
+    got = outputs(llm, tiny_prompts(8))
+    assert [out.token_ids for out in got] == tiny_plain
+    # 20 tokens: one from the prompt, then runs of 4 while 9 nodes fit, and the rest.
+    assert all(out.num_steps <= 8 and out.num_accepted == 20 - out.num_steps for out in got)
+    assert all(out.num_drafted > 2 * out.num_accepted for out in got)
+
+
+@pytest.mark.parametrize("drafter", ["suffix", "recycling", "merged"])
+def test_wide_trees_that_learn_keep_the_output(drafter, tiny_plain, tiny_llama_dir):
+    """What earlier requests left behind changes the drafts, under preemption as well, and not the output."""
+    llm = LLM(
+        str(tiny_llama_dir),
+        tiny_drafters(None)[drafter],
+        num_drafts=14,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=8,
+        watermark=0.0,
+        **TIGHT,
+    )
+    runs = [outputs(llm, tiny_prompts(8)) for _ in range(3)]
+    for got in runs:
+        assert [out.token_ids for out in got] == tiny_plain
+    accepted = [sum(out.num_accepted for out in got) for got in runs]
+    assert 0 < accepted[0] < accepted[2]
+    assert sum(out.num_preemptions for got in runs for out in got) > 0
+
+
 SMOLLM2_PROMPTS = [
     "The capital of France is Paris. The capital of Italy is",
     "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n",
@@ -176,6 +221,8 @@ SMOLLM2_DRAFTERS = {
     "layer_skip": {"name": "layer_skip", "num_skip": 2},
     "draft_model": {"name": "draft_model"},
     "synthetic": {"name": "synthetic", "alpha": 0.8},
+    "synthetic_tree": {"name": "synthetic", "alpha": 0.8, "width": 3},
+    "merged": MERGED,
 }
 SMOLLM2_GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
 
