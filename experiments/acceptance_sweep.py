@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from experiments import common
+from experiments.measured import PHASES, mean_of, phases, seconds_per_token
 from sim.closed_form import expected_tokens, speedup
 from specdec import plots
 from specdec.config import Config
@@ -26,7 +27,6 @@ from specdec.report import summary_table
 from specdec.scheduler import SamplingParams
 from specdec.tracking import Run
 
-PHASES = ("draft_s", "verify_s", "sample_s", "overhead_s")
 COLUMNS = {
     "alpha": "α",
     "k": "k",
@@ -52,8 +52,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         for index, (alpha, k) in enumerate(cells):
             cell = _cell(llm, config, items, params, run, alpha, k)
             after = _plain(llm, config, items, params, run, index + 1)
-            plain = {key: (before[key] + after[key]) / 2 for key in before}
-            rows.append(_row(alpha, k, cell, plain))
+            rows.append(_row(alpha, k, cell, mean_of([before, after])))
             results.write(json.dumps(rows[-1]) + "\n")
             results.flush()
             before = after
@@ -75,7 +74,7 @@ def _plain(
 ) -> dict[str, float]:
     common.configure(llm, config, None, max_num_seqs=config.experiment.batch)
     served = common.generate(llm, items, params, run, f"plain-{index}")
-    return {"token_s": _seconds_per_token(served), **_phases(served)}
+    return {"token_s": seconds_per_token(served), **phases(served)}
 
 
 def _cell(
@@ -96,8 +95,8 @@ def _cell(
     ]
     rows = decode_rows(served[0].steps)
     return {
-        "token_s": statistics.median(map(_seconds_per_token, served)),
-        **{phase: statistics.median(_phases(one)[phase] for one in served) for phase in PHASES},
+        "token_s": statistics.median(map(seconds_per_token, served)),
+        **{phase: statistics.median(phases(one)[phase] for one in served) for phase in PHASES},
         "tau": tokens_per_step(rows),
         "alpha": acceptance_rate(rows),
     }
@@ -124,16 +123,3 @@ def _row(alpha: float, k: int, cell: dict[str, float], plain: dict[str, float]) 
         "speedup": plain["token_s"] / cell["token_s"],
         "predicted_speedup": float(predicted),
     }
-
-
-def _seconds_per_token(served: common.Served) -> float:
-    """Decoding seconds per token after the first."""
-    requests = served.requests
-    decode_s = float((requests["finish_s"] - requests["first_token_s"]).sum())
-    return decode_s / float((requests["num_generated"] - 1).sum())
-
-
-def _phases(served: common.Served) -> dict[str, float]:
-    """Mean seconds of each phase in steps without prefill."""
-    decoding = served.steps.filter(pl.col("num_prefill_rows") == 0)
-    return {phase: float(decoding[phase].to_numpy().mean()) for phase in PHASES}

@@ -21,6 +21,7 @@ import polars as pl
 from joblib import Parallel, delayed
 
 from experiments import common, simulations
+from experiments.rows_file import appended, read_rows
 from sim.cluster_spec import ClusterSpec
 from sim.simulation import simulate
 from specdec import plots_load
@@ -87,24 +88,17 @@ class _Cells:
 
     def __init__(self, path: Path, config: Config) -> None:
         self._path, self._config = path, config
-        self._known: dict[str, dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            try:
-                cell = json.loads(line)
-            except ValueError:
-                continue  # the last line of a sweep that was killed
-            self._known[cell["key"]] = cell
+        self._known = {cell["key"]: cell for cell in read_rows(path)}
 
     def fill(self, run: Run, cells: list[tuple[str, float | None]]) -> list[dict[str, Any]]:
         """The results of ``cells``, policy and rate each, simulating those that are not known."""
         keys = [_key(self._config, name, rate) for name, rate in cells]
         missing = [(key, *cell) for key, cell in zip(keys, cells, strict=True) if key not in self._known]
-        with common.progress(run) as bar, self._path.open("a") as lines:
+        with common.progress(run) as bar, appended(self._path) as add:
             task = bar.add_task("cells", total=len(cells), completed=len(cells) - len(missing))
             for cell in self._simulate(missing):
                 self._known[cell["key"]] = cell
-                lines.write(json.dumps(cell) + "\n")
-                lines.flush()
+                add(cell)
                 bar.advance(task)
         return [self._known[key] for key in keys]
 

@@ -89,6 +89,7 @@ VARIANTS: dict[str, dict[str, type]] = {
         "quickstart": experiments.QuickstartConfig,
         "acceptance_sweep": experiments.AcceptanceSweepConfig,
         "lossless": experiments.LosslessConfig,
+        "draft_sweep": experiments.DraftSweepConfig,
         "serve": experiments.ServeConfig,
         "cpu_bench": experiments.CpuBenchConfig,
         "simulate": experiments.SimulateConfig,

@@ -69,11 +69,44 @@ class AcceptanceSweepConfig:
             check_num_drafts("experiment.num_drafts", num_drafts)
 
 
+def _swept_drafters() -> dict[str, Any]:
+    merged = {"name": "merged", "drafters": ["suffix", "recycling"]}
+    plain = ("ngram", "suffix", "recycling", "layer_skip")
+    return {name: {"name": name} for name in plain} | {"merged": merged}
+
+
+@dataclass(frozen=True)
+class DraftSweepConfig:
+    """drafters: what is compared, by name, each with its options as ``LLM`` takes them. only: some of them, null for
+    all. num_drafts: tokens of a chain or nodes of a tree. batch: requests at once."""
+
+    name: str = "draft_sweep"
+    drafters: dict[str, Any] = field(default_factory=_swept_drafters)
+    only: list[str] | None = None
+    num_drafts: list[int] = field(default_factory=lambda: [4, 16])
+    temperatures: list[float] = field(default_factory=lambda: [0.0])
+    batch: int = 1
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        for name in self.only or ():
+            check_choice("experiment.only", name, self.drafters)
+        for num_drafts in self.num_drafts:
+            check_num_drafts("experiment.num_drafts", num_drafts)
+            require(
+                num_drafts > 0, "experiment.num_drafts=0 drafts nothing: plain decoding is measured anyway"
+            )
+        for temperature in self.temperatures:
+            require(temperature >= 0.0, f"experiment.temperatures={temperature} must be >= 0")
+        for name in ("batch", "repeats"):
+            check_positive(f"experiment.{name}", getattr(self, name))
+
+
 @dataclass(frozen=True)
 class LosslessConfig:
-    """temperature, num_samples: of each of the first num_sampled_prompts prompts, num_tokens long; 0 samples leaves that
-    part out. significance: least p-value over all positions. control: how many times as hot the law is that the same
-    test should reject."""
+    """temperature, num_samples: of each of the first num_sampled_prompts prompts, num_tokens long; 0 samples leaves
+    that part out. significance: least p-value over all positions. control: how many times as hot the law is that
+    the same test should reject."""
 
     name: str = "lossless"
     temperature: float = 1.0

@@ -199,10 +199,10 @@ def acceptance_by_position(rows: pl.DataFrame) -> pl.DataFrame:
         rows: of :func:`decode_rows`.
 
     Returns:
-        One row per draft position j = 1, 2, …, which in trees is a depth: ``position``, ``num_reached`` (verifications that drafted a
-        token there and accepted all before it), ``num_accepted``, ``conditional_rate`` c_j, and ``survival``
-        Π_{i≤j} c_i, the chance that a draft of at least j tokens is accepted up to j. Without drafts there
-        are no rows.
+        One row per draft position j = 1, 2, …, which in trees is a depth: ``position``, ``num_reached``
+        (verifications that drafted a token there and accepted all before it), ``num_accepted``,
+        ``conditional_rate`` c_j, and ``survival`` Π_{i≤j} c_i, the chance that a draft of at least j tokens is
+        accepted up to j. Without drafts there are no rows.
     """
     drafted, accepted = rows["draft_depth"].to_numpy(), rows["num_accepted"].to_numpy()
     positions = np.arange(1, int(drafted.max(initial=0)) + 1)

@@ -1,0 +1,81 @@
+"""Plots that compare drafters, in the look of ``specdec.plots``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from specdec.plots import _MARKERS, GRID, MUTED, _colour, _figure, _need, _style
+
+
+def tau_against_cost(cells: pl.DataFrame) -> Figure:
+    """Tokens per step against the cost of a step; along a line through the origin the speed-up is the same.
+
+    Args:
+        cells: columns ``drafter``, ``num_drafts``, ``temperature``, ``tau`` and ``step_ratio``, the seconds of a
+            step over those of a plain one.
+    """
+    _need(cells, "cells")
+    figure, axes = _figure(7.4, 4.8)
+    right = 1.12 * max(1.2, float(cells["step_ratio"].max()))  # pyright: ignore[reportArgumentType]
+    top = 1.12 * max(1.2, float(cells["tau"].max()))  # pyright: ignore[reportArgumentType]
+    for speedup in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
+        end = min(right, top / speedup)
+        style = {"color": MUTED, "linewidth": 1.2} if speedup == 1.0 else {"color": GRID, "linewidth": 1.2}
+        axes.plot([0.0, end], [0.0, end * speedup], zorder=1, **style)
+        axes.annotate(
+            f"{speedup:g}×", (end, end * speedup), color=MUTED, fontsize=8, ha="right", va="top", zorder=1
+        )
+    names, temperatures = cells["drafter"].unique(maintain_order=True), cells["temperature"].unique().sort()
+    for index, name in enumerate(names):
+        for place, temperature in enumerate(temperatures):
+            chosen = (pl.col("drafter") == name) & (pl.col("temperature") == temperature)
+            mine = cells.filter(chosen).sort("num_drafts")
+            axes.plot(
+                mine["step_ratio"],
+                mine["tau"],
+                marker=_MARKERS[place % len(_MARKERS)],
+                color=_colour(index),
+                label=f"{name}, T={temperature:g}" if len(temperatures) > 1 else name,
+                linewidth=1.0,
+                markersize=5,
+                alpha=0.9,
+                zorder=3,
+            )
+            for x, y, k in mine.select("step_ratio", "tau", "num_drafts").iter_rows():
+                axes.annotate(
+                    str(k), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=MUTED
+                )
+    axes.set_xlim(0.0, right)
+    axes.set_ylim(0.0, top)
+    _style(
+        axes,
+        "What a step gives, and what it costs",
+        "seconds of a step / of a plain step",
+        "τ, tokens per step",
+    )
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def survival(by_drafter: Mapping[str, Sequence[float]]) -> Figure:
+    """Share of verifications that accept a draft up to each position; the area under a line is τ - 1.
+
+    Args:
+        by_drafter: label → shares at positions 1, 2, ….
+    """
+    drawn = {name: values for name, values in by_drafter.items() if len(values)}
+    _need(drawn, "drafts")
+    figure, axes = _figure(7.4, 4.4)
+    for index, (name, values) in enumerate(drawn.items()):
+        style = {"color": _colour(index), "marker": _MARKERS[index // 7 % len(_MARKERS)], "markersize": 4}
+        axes.plot(np.arange(1, len(values) + 1), values, label=name, linewidth=1.2, **style)
+    axes.set_ylim(0.0, 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _style(axes, "Acceptance by position", "draft position, in trees the depth", "P(accepted up to here)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
