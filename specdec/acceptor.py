@@ -17,7 +17,7 @@ from specdec.rows import RowState
 from specdec.sampling import PenaltyRow, apply_penalties, find_nan_rows, top_logprobs
 from specdec.scheduler.plan import IntArray, LongArray, StepPlan
 from specdec.tree import Tree
-from specdec.verify import verify_chains, verify_greedy, verify_tree
+from specdec.verify import verify_chains, verify_greedy, verify_greedy_trees, verify_tree
 
 RULES = {
     "token": ("token", "recursive"),
@@ -102,20 +102,9 @@ class Acceptor:
         if draft.parents is None:
             chosen.num_accepted[some], next_token = verify_greedy(argmax, tokens, num_drafted)
             return next_token
-        parents = draft.parents[some]
-        usable = np.arange(tokens.shape[1]) < num_drafted[:, None]
-        rows, node = np.arange(some.size), np.full(some.size, -1)
-        for depth in range(tokens.shape[1]):
-            # Siblings have different tokens, so at most one child is the argmax after its parent.
-            agrees = usable & (parents == node[:, None]) & (tokens == argmax[rows, node + 1][:, None])
-            going = agrees.any(axis=1)
-            if not going.any():
-                break
-            node = np.where(going, agrees.argmax(axis=1), node)
-            # A row that has stopped finds no child of its last node in later rounds either.
-            chosen.path[some[going], depth] = node[going]
-            chosen.num_accepted[some[going]] = depth + 1
-        return argmax[rows, node + 1]
+        path, accepted, next_token = verify_greedy_trees(argmax, tokens, draft.parents[some], num_drafted)
+        chosen.path[some], chosen.num_accepted[some] = path, accepted
+        return next_token
 
     def _verify_sampled(
         self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection

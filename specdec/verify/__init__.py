@@ -10,7 +10,7 @@ distribution equal to the target's. The arithmetic is the same for float arrays 
 """
 
 from specdec.verify.chains import CHAIN_RULES, chain_rule, verify_chains
-from specdec.verify.greedy import verify_greedy, verify_greedy_tree
+from specdec.verify.greedy import verify_greedy, verify_greedy_tree, verify_greedy_trees
 from specdec.verify.trees import RULES, TREE_RULES, verify, verify_tree, verify_trees
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "verify_chains",
     "verify_greedy",
     "verify_greedy_tree",
+    "verify_greedy_trees",
     "verify_tree",
     "verify_trees",
 ]

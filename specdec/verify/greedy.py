@@ -59,3 +59,34 @@ def verify_greedy_tree(
             return path, token
         node = matching[0]
         path.append(node)
+
+
+def verify_greedy_trees(
+    target_argmax: IntArray, tokens: IntArray, parents: IntArray, num_drafted: IntArray
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """:func:`verify_greedy_tree` for B rows, each with a tree of its own.
+
+    Args:
+        target_argmax: [B, K + 1], the target's most likely token after the root and after each node.
+        tokens, parents: [B, K], nodes and their parents, −1 for the root; entries past ``num_drafted`` are not read.
+            Siblings have different tokens.
+        num_drafted: [B].
+
+    Returns:
+        path int64 [B, K], of which the first num_accepted int32 [B] entries are the accepted nodes, and next_token
+        int64 [B].
+    """
+    num_rows, width = tokens.shape
+    usable = np.arange(width) < num_drafted[:, None]
+    rows, node = np.arange(num_rows), np.full(num_rows, ROOT)
+    path, num_accepted = np.zeros((num_rows, width), np.int64), np.zeros(num_rows, np.int32)
+    for depth in range(width):
+        agrees = usable & (parents == node[:, None]) & (tokens == target_argmax[rows, node + 1][:, None])
+        going = agrees.any(axis=1)
+        if not going.any():
+            break
+        # A row that has stopped finds no child in later rounds either.
+        node = np.where(going, agrees.argmax(axis=1), node)
+        path[:, depth] = node
+        num_accepted += going
+    return path, num_accepted, target_argmax[rows, node + 1].astype(np.int64)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.tree import Tree
-from specdec.verify import RULES, TREE_RULES, verify, verify_chains, verify_tree, verify_trees
+from specdec.verify import (
+    RULES,
+    TREE_RULES,
+    verify,
+    verify_chains,
+    verify_greedy_tree,
+    verify_greedy_trees,
+    verify_tree,
+    verify_trees,
+)
 
 SAMPLED = ["recursive", "traversal"]
 NEEDS_NO_CHAIN = ["greedy", *TREE_RULES]
@@ -243,3 +252,21 @@ def test_nan_in_a_residual_row_is_named(rule):
     draft = np.array([[0.9, 0.05, 0.05]] * 2)
     with pytest.raises(ValueError, match=r"rows \[0\] are NaN"):
         verify_tree(rule, Tree([-1]), [0], target, draft, np.array([0.5, 0.5]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes=st.lists(trees(), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
+def test_greedy_rows_of_different_trees_are_those_of_each_alone(shapes, seed):
+    rng = np.random.default_rng(seed)
+    width = max(map(len, shapes))
+    parents, tokens = np.full((2, len(shapes), width), 7)
+    argmax = rng.integers(0, 12, (len(shapes), width + 1))
+    for row, tree in enumerate(shapes):
+        parents[row, : len(tree)] = tree.parents
+        tokens[row, : len(tree)] = random_drafts(seed + row, tree, 12)[0][0]
+    counts = np.array([len(tree) for tree in shapes])
+    paths, num_accepted, next_tokens = verify_greedy_trees(argmax, tokens, parents, counts)
+    for row, tree in enumerate(shapes):
+        path, next_token = verify_greedy_tree(tree, tokens[row, : len(tree)], argmax[row, : len(tree) + 1])
+        assert paths[row, : num_accepted[row]].tolist() == path
+        assert next_tokens[row] == next_token
