@@ -138,14 +138,17 @@ class Acceptor:
         for place, index in enumerate(some.tolist()):
             row, count, start = plan.rows[index], int(draft.num_drafted[index]), chosen.logit_start[index]
             owner = np.full(count + 1, row)
-            counter = state.num_known[[row]].astype(np.uint64)
+            seed, counter = state.seeds[[row]], state.num_known[[row]].astype(np.uint64)
+            accept = uniforms(seed, counter, Stream.ACCEPT, max(count, 1))[0, :count]
+            # The noise of the next token is that of a chain, so a row without drafts need not know which it was.
+            noise = np.append(accept, uniforms(seed, counter, Stream.RESIDUAL, 1)[0])
             path, next_token[place] = verify_tree(
                 "one_hot" if draft.probs is None else self._tree_rule,
                 Tree(draft.parents[index, :count].tolist()),
                 draft.tokens[index, :count],
                 state.probs(logits[start : start + count + 1], owner).numpy(force=True),
                 None if draft.probs is None else draft.probs[index, : count + 1],
-                uniforms(state.seeds[[row]], counter, Stream.ACCEPT, count + 1)[0],
+                noise,
             )
             chosen.path[index, : len(path)] = path
             chosen.num_accepted[index] = len(path)

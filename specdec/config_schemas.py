@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -99,16 +100,22 @@ class MergedConfig:
 
 @dataclass(frozen=True)
 class LayerSkipConfig:
+    """tree: chains if null, else what ``specdec.tree.make_tree`` takes: {name: k_ary, branching: [4, 2, 1]}."""
+
     name: str = "layer_skip"
     num_skip: int | None = None
     skip_layers: list[int] | None = None
+    tree: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class DraftModelConfig:
+    """tree: as for layer_skip."""
+
     name: str = "draft_model"
     model: str = "smollm2-135m"
     backend: str = "auto"
+    tree: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class MedusaConfig:
 @dataclass(frozen=True)
 class SyntheticConfig:
     name: str = "synthetic"
-    alpha: float | None = 0.8
+    alpha: float | None = 0.7
     rates: list[float] | None = None
     seed: int = 0
 
@@ -226,9 +233,8 @@ class LoadThresholdConfig(FixedConfig):
 
 @dataclass(frozen=True)
 class GoodputConfig:
-    """See ``specdec.scheduler.speculation.Goodput``. The engine needs the measured step_tokens, step_s,
-    context_token_s and draft_step_s of its device; a simulation takes those of its cost model where they are not
-    given."""
+    """See ``specdec.scheduler.speculation.Goodput``. Where step_tokens and step_s are not given, the engine measures
+    the times of its device, and a simulation takes those of its cost model."""
 
     name: str = "goodput"
     num_drafts: int = 8

@@ -1,26 +1,37 @@
-"""Drafting with a model: one pass for the first token, then one pass per further token, rows batched."""
+"""Drafting with a model: one pass for the first token, then one for each further token or level, rows batched."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.drafter.base import Draft, DraftHost, Verified
+from specdec.drafter.draft_tree import TreeDraft, breadth_first
 from specdec.random import Stream, uniforms
 from specdec.rows import StepInput
 from specdec.sampling import sample_from_probs
 from specdec.scheduler.plan import IntArray, LongArray, StepOutcome, StepPlan
+from specdec.tree import make_tree
 
 
 class AutoregressiveDrafter(ABC):
-    """A drafter that runs a decoder over the paged KV blocks of the rows it drafts for."""
+    """A drafter that runs a decoder over the paged KV blocks of the rows it drafts for.
+
+    Args:
+        tree: what is drafted, as ``specdec.tree.make_tree`` takes it; rows that may draft fewer nodes get its first
+            ones. ``None``: chains.
+    """
 
     name: str
     captures: Sequence[int] = ()
+
+    def __init__(self, tree: str | Mapping[str, Any] | None = None) -> None:
+        self.tree = None if tree is None else breadth_first(make_tree(tree))
 
     def bind(self, host: DraftHost) -> None:
         self._host = host
@@ -43,6 +54,10 @@ class AutoregressiveDrafter(ABC):
         fed = np.flatnonzero(counts)
         if fed.size == 0:
             return Draft.none(plan.rows.size)
+        if self.tree is not None:
+            wants = (plan.num_drafts[fed] > 0).astype(np.int32)
+            logits = self.forward(self._input(plan.rows[fed], start[fed], counts[fed], wants))
+            return TreeDraft(self._host, plan, self.tree).grow(logits, self.forward)
         tokens = np.zeros((plan.rows.size, width), np.int64)
         probs: np.ndarray | None = None
         if width and (state.temperature[plan.rows[plan.num_drafts > 0]] > 0).any():

@@ -7,7 +7,8 @@ verification pass then overwrites them. So it needs no memory and no catching up
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,11 +23,18 @@ class LayerSkipDrafter(AutoregressiveDrafter):
     """Args:
     num_skip: how many layers to leave out, taken from the middle. Default: a sixth of them.
     skip_layers: exactly which layers to leave out, instead of ``num_skip``.
+    tree: what to draft; see ``AutoregressiveDrafter``.
     """
 
     name = "layer_skip"
 
-    def __init__(self, num_skip: int | None = None, skip_layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        num_skip: int | None = None,
+        skip_layers: Sequence[int] | None = None,
+        tree: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(tree)
         if num_skip is not None and skip_layers is not None:
             raise ValueError("give num_skip or skip_layers, not both")
         if num_skip is not None and num_skip < 0:
