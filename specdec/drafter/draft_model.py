@@ -7,6 +7,9 @@ token was never fed; with speculation off nothing is): every proposal first feed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -16,17 +19,25 @@ from specdec.model.weights import LoadedModel, check_same_vocabulary, load_model
 from specdec.rows import StepInput
 from specdec.runner import make_runner
 from specdec.scheduler.plan import IntArray, StepOutcome, StepPlan
+from specdec.tree import Tree
 
 
 class DraftModelDrafter(AutoregressiveDrafter):
     """Args:
     model: name, path or loaded model, as for the target.
     backend: "auto" (the target's), "eager" or "native".
+    tree: what to draft; see ``AutoregressiveDrafter``.
     """
 
     name = "draft_model"
 
-    def __init__(self, model: str | LoadedModel, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        backend: str = "auto",
+        tree: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(tree)
         self.model = model
         self.backend = backend
 
@@ -78,8 +89,7 @@ class DraftModelDrafter(AutoregressiveDrafter):
         rows = plan.rows
         end = plan.context + plan.num_new
         feeds = (plan.num_drafts > 0) | (plan.num_new > 1)
-        # Its own tokens that came true, which need not be those that were verified: see ``MergedDrafter``.
-        kept = np.minimum(self._num_right(plan, outcome), np.maximum(plan.num_drafts - 1, 0))
+        kept = self._num_kept(plan, outcome)
         self._computed[rows] = np.where(feeds, end + kept, self._computed[rows])
         self._owner[rows[outcome.finished]] = -1
         table, size = self._host.table, self._host.block_size
@@ -89,11 +99,20 @@ class DraftModelDrafter(AutoregressiveDrafter):
         full = (columns + 1) * size <= self._computed[rows][:, None]
         self._filled[table.block_table[rows, :width][held]] = full[held]
 
-    def _num_right(self, plan: StepPlan, outcome: StepOutcome) -> IntArray:
-        """How many of the tokens that were drafted last begin what was emitted, int32 [R]."""
+    def _num_kept(self, plan: StepPlan, outcome: StepOutcome) -> IntArray:
+        """How many drafted tokens of the draft cache are known ones by now and where these belong, int32 [R].
+
+        They need not be what was verified (see ``MergedDrafter``). Of a tree they are its first levels, as far as
+        these have one node each; the last level, like the last token of a chain, was never fed.
+        """
         tokens, state = self._draft.tokens, self._host.state
+        if tokens.shape[1] == 0:
+            return np.zeros(plan.rows.size, np.int32)
+        shape = self.tree or Tree.chain(tokens.shape[1])
+        depth = np.where(plan.num_drafts, shape.depths[np.minimum(plan.num_drafts, len(shape)) - 1], 0)
         place = np.arange(tokens.shape[1])
         first = state.num_known[plan.rows] - outcome.num_emitted
-        right = tokens == state.tokens[plan.rows[:, None], first[:, None] + place]
-        right &= place < np.minimum(self._draft.num_drafted, outcome.num_emitted)[:, None]
-        return np.logical_and.accumulate(right, axis=1).sum(axis=1, dtype=np.int32)
+        kept = tokens == state.tokens[plan.rows[:, None], first[:, None] + place]
+        kept &= np.array(shape.parents) == place - 1
+        kept &= place < np.minimum(depth - 1, outcome.num_emitted)[:, None]
+        return np.logical_and.accumulate(kept, axis=1).sum(axis=1, dtype=np.int32)

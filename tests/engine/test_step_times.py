@@ -1,0 +1,196 @@
+"""Step times for the goodput controller: what is measured, that it is measured once, and what it then decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from specdec import LLM, SamplingParams, step_times
+from specdec.rows import StepInput
+from specdec.scheduler import SchedulerConfig
+from specdec.scheduler.speculation import Goodput
+from specdec.step_times import measure_draft_step_s, measure_step_times, needs_times
+from specdec.trace import TraceWriter, read_steps
+from tests.engine.test_lossless import MERGED, tiny_prompts
+
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+# A token costs a tenth of a plain step.
+LINEAR = {"step_tokens": (1, 64), "step_s": (1.0, 7.3)}
+LIMITS = SchedulerConfig(max_num_seqs=12, num_blocks=256, block_size=4, max_model_len=256)
+
+
+class ClockedRunner:
+    """Takes (1, 0.5, 0.001) virtual seconds a pass, a token and a cached token; every second pass a tenth longer."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.now_s, self.num_passes, self.scale = 0.0, 0, scale
+        self.seen: list[tuple[int, int, int]] = []
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def forward(self, batch: StepInput) -> torch.Tensor:
+        assert np.unique(batch.slot_mapping).size == batch.token_ids.size, "rows share KV slots"
+        assert batch.logit_rows.size == batch.token_ids.size, "every token is verified"
+        tokens, context = batch.token_ids.size, int(batch.context_lens.sum())
+        self.seen.append((batch.context_lens.size, tokens, context))
+        self.num_passes += 1
+        seconds = 1.0 + 0.5 * tokens + 0.001 * context
+        self.now_s += self.scale * seconds * (1.1 if self.num_passes % 2 else 1.0)
+        return torch.zeros(tokens, 3)
+
+    def copy_blocks(self, copies: np.ndarray) -> None:
+        assert copies.max(initial=0) < LIMITS.num_blocks
+
+
+def measured(monkeypatch, scale: float, budget_s: float, limits: SchedulerConfig = LIMITS, k: int = 3):
+    runner = ClockedRunner(scale)
+    monkeypatch.setattr(step_times, "time", runner)
+    return measure_step_times(runner, limits, k, budget_s), runner  # pyright: ignore[reportArgumentType]
+
+
+def test_medians_find_the_times_of_the_device(monkeypatch):
+    times, runner = measured(monkeypatch, 1e-3, 10.0)
+    assert times.step_tokens == (1, 2, 4, 8, 16, 32, 48) and times.max_tokens == 48
+    assert times.step_s == pytest.approx([1e-3 * (1 + 0.5 * t) for t in times.step_tokens], rel=0.101)
+    assert times.context_token_s == pytest.approx(1e-6, rel=0.6)  # rounds have an odd number of passes
+    assert times.num_rounds == step_times.MAX_ROUNDS
+    assert times.measured_s == pytest.approx(runner.now_s)
+    assert (12, 48, 0) in runner.seen, "as in verification: twelve rows of a token and three drafts"
+    assert (8, 8, 0) in runner.seen and (8, 8, 8 * 127) in runner.seen, "the KV blocks hold 8 · 128 tokens"
+
+
+@pytest.mark.parametrize("budget_s", [60.0, 300.0])
+def test_a_slow_device_is_measured_within_the_budget(monkeypatch, budget_s: float):
+    times, _ = measured(monkeypatch, 1.0, budget_s)
+    assert step_times.MIN_SIZES <= len(times.step_tokens) < 7
+    assert times.measured_s < 1.2 * budget_s
+    assert (np.diff(times.step_s) >= 0).all() and times.step_s[0] > 0
+
+
+def test_kv_blocks_limit_the_sizes(monkeypatch):
+    limits = SchedulerConfig(max_num_seqs=12, num_blocks=5, block_size=4, max_model_len=20)
+    times, _ = measured(monkeypatch, 1e-3, 10.0, limits)
+    assert times.step_tokens == (1, 2, 4, 8, 16)
+
+
+def test_real_passes_are_positive_and_monotone(tiny_llama_dir: Path):
+    llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=6)
+    times = measure_step_times(llm.runner, llm.engine.loop.config, 4, 0.5)
+    assert times.step_tokens[-1] <= 30
+    assert times.step_s[0] > 0 and (np.diff(times.step_s) >= 0).all()
+    assert times.context_token_s >= 0
+    Goodput(max_drafts=4, **times.options())
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts what is measured, and makes it quick."""
+    counts = {"steps": 0, "drafts": 0}
+    steps, drafts = step_times.measure_step_times, step_times.measure_draft_step_s
+
+    def count_steps(*args):
+        counts["steps"] += 1
+        return steps(*args, budget_s=0.2)
+
+    def count_drafts(*args):
+        counts["drafts"] += 1
+        return drafts(*args)
+
+    monkeypatch.setattr(step_times, "measure_step_times", count_steps)
+    monkeypatch.setattr(step_times, "measure_draft_step_s", count_drafts)
+    return counts
+
+
+def test_times_are_measured_once_and_reused(tiny_llama_dir: Path, counted: dict[str, int]):
+    llm = LLM(str(tiny_llama_dir), "ngram", speculation="goodput", dtype="float32", max_model_len=128)
+    first = llm.engine.loop.speculation
+    assert isinstance(first, Goodput) and first.max_drafts == 4
+    assert counted == {"steps": 1, "drafts": 1}
+    llm.configure("ngram", speculation={"name": "goodput", "step_tokens": [], "step_s": []}, max_num_seqs=8)
+    assert llm.engine.loop.speculation == first
+    llm.configure("suffix", speculation="goodput", num_drafts=2)
+    assert counted == {"steps": 1, "drafts": 2}
+    llm.configure("ngram", speculation="goodput", num_drafts=8)
+    assert counted["steps"] == 2, "larger steps were never measured"
+    llm.configure(None, speculation="goodput")
+    llm.configure("ngram", speculation="goodput", num_drafts=0)
+    llm.configure("ngram", speculation={"name": "goodput", **LINEAR})
+    given = llm.engine.loop.speculation
+    assert isinstance(given, Goodput) and (given.context_token_s, given.draft_step_s) == (0.0, 0.0)
+    llm.configure("layer_skip", speculation={"name": "goodput", "draft_step_s": 2.5})
+    kept = llm.engine.loop.speculation
+    assert isinstance(kept, Goodput) and kept.draft_step_s == 2.5
+    assert counted == {"steps": 2, "drafts": 3}
+
+
+def test_needs_times_is_for_goodput_without_any():
+    assert needs_times({"name": "goodput"}) and needs_times({"name": "goodput", "step_tokens": [], "step_s": []})
+    assert not needs_times({"name": "fixed"}) and not needs_times({"name": "goodput", "step_s": [1.0]})
+
+
+def test_only_drafters_that_run_a_model_take_time(tiny_llama_dir: Path, tiny_draft_dir: Path):
+    llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=4)
+    model = {"name": "draft_model", "model": str(tiny_draft_dir)}
+
+    def seconds(drafter) -> float:
+        return measure_draft_step_s(llm.runner, llm.tokenizer, drafter, llm.engine.loop.config, 3)
+
+    for free in (None, "ngram", "recycling", {"name": "synthetic", "alpha": 0.5}, MERGED):
+        assert seconds(free) == 0.0
+    for drafter in ("layer_skip", model, {"name": "merged", "drafters": ["ngram", model]}):
+        assert 0.0 < seconds(drafter) < 1.0
+
+
+def test_wrong_options_are_refused_before_anything_is_overwritten(
+    tiny_llama_dir: Path, counted: dict[str, int]
+):
+    llm = LLM(str(tiny_llama_dir), "ngram", dtype="float32", max_model_len=128)
+    expected = [out.token_ids for out in llm.generate(tiny_prompts(3), GREEDY)]
+    for options, message in (
+        ({"rule": "tokn"}, "unknown verification rule"),
+        ({"speculation": {"name": "goodput", "prior_rejected": 0.0}}, "prior_rejected=0.0"),
+        ({"speculation": {"name": "goodput", "step_s": (1.0, 2.0)}}, "step_tokens has 0 entries"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.configure("ngram", **{"speculation": "goodput", **options})
+    assert counted == {"steps": 0, "drafts": 0}
+    again = llm.generate(tiny_prompts(3), GREEDY)
+    assert [out.token_ids for out in again] == expected and again[0].num_cached > 0
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "layer_skip", MERGED], ids=["ngram", "layer_skip", "merged"])
+def test_goodput_with_measured_times_keeps_the_output(
+    drafter, tiny_llama_dir: Path, counted: dict[str, int]
+):
+    llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=3)
+    plain = [out.token_ids for out in llm.generate(tiny_prompts(5), GREEDY)]
+    llm.configure(drafter, speculation="goodput", num_drafts=5, max_num_seqs=3)
+    assert [out.token_ids for out in llm.generate(tiny_prompts(5), GREEDY)] == plain
+    assert counted["steps"] == 1
+
+
+def test_nothing_is_drafted_where_nothing_is_accepted_and_all_where_all_is(
+    tiny_llama_dir: Path, tmp_path: Path
+):
+    llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=3)
+    prompts = tiny_prompts(3)
+    plain = [out.token_ids for out in llm.generate(prompts, GREEDY)]
+    drafts = {}
+    for alpha in (0.0, 1.0):
+        drafter = {"name": "synthetic", "alpha": alpha}
+        llm.configure(drafter, speculation={"name": "goodput", **LINEAR}, num_drafts=6, max_num_seqs=3)
+        with TraceWriter(tmp_path, f"alpha{alpha:g}") as trace:
+            outputs = llm.generate(prompts, GREEDY, trace=trace)
+        assert [out.token_ids for out in outputs] == plain
+        steps = read_steps(tmp_path, f"alpha{alpha:g}")
+        drafts[alpha] = steps.filter(steps["num_prefill_rows"] == 0)["num_drafts"].to_list()
+    # Each rejection lowers a row's estimate, 2 / (3 + n); below a quarter a draft is worth less than it costs.
+    assert max(drafts[0.0][0]) > 0
+    assert all(sum(row) == 0 for row in drafts[0.0][6:])
+    # Each acceptance raises it, until all six pay; the last token comes from the target.
+    assert drafts[1.0][3:-1] == [[6, 6, 6]] * 3
