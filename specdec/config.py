@@ -90,6 +90,7 @@ VARIANTS: dict[str, dict[str, type]] = {
         "acceptance_sweep": experiments.AcceptanceSweepConfig,
         "lossless": experiments.LosslessConfig,
         "draft_sweep": experiments.DraftSweepConfig,
+        "control": experiments.ControlConfig,
         "serve": experiments.ServeConfig,
         "cpu_bench": experiments.CpuBenchConfig,
         "simulate": experiments.SimulateConfig,

@@ -388,6 +388,31 @@ class PolicySweepConfig(SimulationConfig):
 
 
 @dataclass(frozen=True)
+class ControlConfig:
+    """The configured drafter under each controller: off, fixed, adaptive and the configured goodput, whose num_drafts
+    is the most of adaptive too.
+
+    batches: requests at once; empty measures nothing. fixed: draft lengths. rounds: interleaved, of which the median
+    counts. waves: requests of a cell, in batches. traps: replay published traps in the simulator.
+    """
+
+    name: str = "control"
+    batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    fixed: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    rounds: int = 3
+    waves: int = 1
+    traps: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "fixed"):
+            for value in getattr(self, name):
+                check_positive(f"experiment.{name}", value)
+        for name in ("rounds", "waves"):
+            check_positive(f"experiment.{name}", getattr(self, name))
+        require(len(self.fixed) > 0, "experiment.fixed is empty: goodput is compared with fixed lengths")
+
+
+@dataclass(frozen=True)
 class SimBenchConfig:
     """cases: which to run. num_requests, num_prefix_requests: of azure_fixed and goodput_prefix. max_requests: of the
     longest run of linear, which begins at 1,000. replicas, rate_per_s: of all cases, at a load near capacity. million:

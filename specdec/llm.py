@@ -24,6 +24,7 @@ from specdec.runner import choose_backend, kv_bytes_per_block, make_runner
 from specdec.scheduler import SamplingParams, SchedulerConfig, StepLoop, make_controller, make_policy
 from specdec.scheduler.plan import IntArray
 from specdec.scheduler.speculation import Off
+from specdec.step_times import PROVISIONAL, DeviceTimes, needs_times
 from specdec.trace import TraceWriter
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -95,6 +96,7 @@ class LLM:
         self.num_blocks = num_blocks
         self.tokenizer = loaded.tokenizer
         self.runner = make_runner(loaded, backend, DTYPES[dtype], self.num_blocks, block_size, place)
+        self.device_times = DeviceTimes(self.runner, self.tokenizer)
         self._references: dict[tuple[bytes, SamplingParams], IntArray] = {}
         self.configure(drafter, **options)
 
@@ -122,7 +124,11 @@ class LLM:
             drafter: ``None``, a name (``"ngram"``, ``"layer_skip"``) or a mapping with options, e.g.
                 ``{"name": "draft_model", "model": "path/to/draft"}``.
             num_drafts: draft tokens per step, k.
-            speculation: ``"fixed"``, ``"adaptive"`` or ``"off"``, or a mapping with options.
+            speculation: ``"fixed"``, ``"adaptive"``, ``"load_threshold"``, ``"goodput"`` or ``"off"``, or a mapping
+                with options. Goodput decides by the step times of the device: without ``step_tokens`` and ``step_s``
+                they are measured here, which takes a few seconds (``specdec.step_times``), once for this model and
+                the largest ``max_num_seqs`` and ``num_drafts`` so far, and ``draft_step_s`` once for each drafter
+                that runs a model. With them nothing is measured, and other times that are left out count as 0.
             rule: how sampled drafts are verified, ``"token"`` or ``"block"``; of trees that is ``"recursive"`` or
                 ``"traversal"``, which mean the same. All are lossless.
             policy: batching policy: ``"static"``, ``"dynamic"``, ``"continuous"``, ``"chunked"``, or a mapping
@@ -142,7 +148,9 @@ class LLM:
         """
         the_drafter = make_drafter(drafter)
         the_policy = make_policy(**_options(policy))
-        controller = make_controller(**_speculation_options(speculation, num_drafts, the_drafter is not None))
+        control = _speculation_options(speculation, num_drafts, the_drafter is not None)
+        measures = needs_times(control)
+        controller = make_controller(**{**control, **PROVISIONAL} if measures else control)
         if max_num_batched_tokens is None:
             # A policy that computes prompts whole must be able to compute the longest one.
             budget = 1024 if the_policy.chunked_prefill else self.max_model_len
@@ -163,6 +171,9 @@ class LLM:
         )
         loop = StepLoop(scheduler, the_policy, controller)
         self.engine = Engine(self.runner, self.tokenizer, loop, the_drafter, rule, seed)
+        if measures:
+            # Only now: it overwrites KV blocks, and the options are known to be right.
+            loop.speculation = make_controller(**self.device_times.filled(control, drafter, scheduler))
         return self
 
     def generate(

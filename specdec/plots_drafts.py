@@ -79,3 +79,40 @@ def survival(by_drafter: Mapping[str, Sequence[float]]) -> Figure:
     _style(axes, "Acceptance by position", "draft position, in trees the depth", "P(accepted up to here)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def controllers_by_load(
+    cells: pl.DataFrame, load: str, value: str, *, title: str, xlabel: str = "", ylabel: str = ""
+) -> Figure:
+    """A line for each controller over the load, on a logarithmic axis; of speed-ups, plain is the line at 1.
+
+    Args:
+        cells: columns ``controller``, ``load`` (positive) and ``value``; plain decoding is the controller ``off``.
+        load, value: names of columns.
+        xlabel, ylabel: by default the names.
+    """
+    _need(cells, "cells")
+    figure, axes = _figure(7.4, 4.4)
+    is_ratio = value == "speedup"
+    if is_ratio:
+        axes.axhline(1.0, color=MUTED, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1, label="plain")
+    for index, name in enumerate(cells["controller"].unique(maintain_order=True)):
+        if is_ratio and name == "off":
+            continue
+        mine = cells.filter(pl.col("controller") == name).sort(load)
+        style = {
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markersize": 5,
+            "color": _colour(index - is_ratio),
+        }
+        is_subject = name == "goodput"
+        style |= {"linewidth": 2.2 if is_subject else 1.2, "zorder": 4 if is_subject else 3}
+        axes.plot(mine[load], mine[value], label=name, **style)
+    axes.set_xscale("log", base=2)
+    ticks = cells[load].unique().sort().to_list()
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0.0)
+    _style(axes, title, xlabel or load, ylabel or value)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

@@ -128,7 +128,9 @@ def test_times_are_measured_once_and_reused(tiny_llama_dir: Path, counted: dict[
 
 
 def test_needs_times_is_for_goodput_without_any():
-    assert needs_times({"name": "goodput"}) and needs_times({"name": "goodput", "step_tokens": [], "step_s": []})
+    assert needs_times({"name": "goodput"}) and needs_times(
+        {"name": "goodput", "step_tokens": [], "step_s": []}
+    )
     assert not needs_times({"name": "fixed"}) and not needs_times({"name": "goodput", "step_s": [1.0]})
 
 
@@ -164,9 +166,7 @@ def test_wrong_options_are_refused_before_anything_is_overwritten(
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "layer_skip", MERGED], ids=["ngram", "layer_skip", "merged"])
-def test_goodput_with_measured_times_keeps_the_output(
-    drafter, tiny_llama_dir: Path, counted: dict[str, int]
-):
+def test_goodput_with_measured_times_keeps_the_output(drafter, tiny_llama_dir: Path, counted: dict[str, int]):
     llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=3)
     plain = [out.token_ids for out in llm.generate(tiny_prompts(5), GREEDY)]
     llm.configure(drafter, speculation="goodput", num_drafts=5, max_num_seqs=3)

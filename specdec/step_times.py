@@ -1,0 +1,283 @@
+"""Step times of the running device, which the goodput controller decides by: measured in a few seconds.
+
+Method: passes of the target with no context, spread over rows as verification spreads them, and passes of single
+tokens with little and with much context. All sizes are measured in turn, for as many rounds as the time budget holds,
+and medians are taken. A drafter that runs a model is timed in a short generation of its own.
+
+>>> times = measure_step_times(llm.runner, llm.engine.loop.config, max_drafts=8)
+>>> llm.configure("ngram", speculation={"name": "goodput", "max_drafts": 8, **times.options()})
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from specdec.drafter import make_drafter
+from specdec.engine import Engine
+from specdec.model.tokenizer import Tokenizer
+from specdec.rows import RowState, StepInput
+from specdec.runner import Runner
+from specdec.scheduler import SamplingParams, SchedulerConfig, StepLoop, StepOutcome, StepPlan, make_policy
+from specdec.scheduler.plan import IntArray
+from specdec.scheduler.speculation import Fixed
+
+log = logging.getLogger(__name__)
+
+BUDGET_S = 4.0
+MAX_ROUNDS = 7
+MIN_SIZES = 4  # 1, 2, 4 and 8 tokens, however slow the device
+PROVISIONAL = {"step_tokens": (1, 2), "step_s": (1.0, 1.0)}
+"""Times that stand in for those that are yet to be measured, for what checks the other options."""
+_CONTEXT = 1024  # tokens of each row, where the limits allow so many
+_CONTEXT_ROWS = 8
+_PROPOSALS = 6
+_MODEL_FREE = frozenset({"ngram", "suffix", "recycling", "synthetic"})
+
+DrafterSpec = str | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of the target's pass and of the argmax over its logits.
+
+    Attributes:
+        step_tokens: total tokens, rising; of the largest steps those that the budget allowed.
+        step_s: seconds at each, not falling; without context.
+        context_token_s: what reading the KV of one more cached token adds, seconds >= 0.
+        max_tokens: the most tokens that were asked for.
+        num_rounds: measurements that the medians are of.
+        measured_s: what measuring took.
+    """
+
+    step_tokens: tuple[int, ...]
+    step_s: tuple[float, ...]
+    context_token_s: float
+    max_tokens: int
+    num_rounds: int
+    measured_s: float
+
+    def options(self) -> dict[str, Any]:
+        """As the goodput controller takes them."""
+        return {name: getattr(self, name) for name in ("step_tokens", "step_s", "context_token_s")}
+
+
+def needs_times(options: Mapping[str, Any]) -> bool:
+    """Whether these controller options are of goodput and lack the step times altogether."""
+    given = [options.get(name) for name in ("step_tokens", "step_s")]
+    return options.get("name") == "goodput" and all(times is None or len(times) == 0 for times in given)
+
+
+class DeviceTimes:
+    """What was measured on one runner, so that it is measured once.
+
+    Args:
+        runner: the target. Measuring overwrites KV blocks, so no engine may hold any.
+        tokenizer: the target's.
+
+    Attributes:
+        steps: what was measured last; ``None`` before.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer) -> None:
+        self._runner, self._tokenizer = runner, tokenizer
+        self._drafters: dict[str, tuple[float, DrafterSpec]] = {}
+        self.steps: StepTimes | None = None
+
+    def filled(
+        self, options: Mapping[str, Any], drafter: DrafterSpec, limits: SchedulerConfig
+    ) -> dict[str, Any]:
+        """``options`` of goodput with the times that they lack; those that were given stay.
+
+        Args:
+            options: with ``max_drafts``.
+            drafter: as :func:`make_drafter` takes it.
+            limits: of the engine. Step times serve all limits that need no larger steps.
+        """
+        max_drafts = int(options["max_drafts"])
+        if max_drafts == 0:
+            return {**options, **PROVISIONAL}  # nothing to decide
+        filled = dict(options)
+        if self.steps is None or self.steps.max_tokens < _most_tokens(limits, max_drafts):
+            self.steps = measure_step_times(self._runner, limits, max_drafts)
+        for name, value in self.steps.options().items():
+            if name != "context_token_s" or filled.get(name) is None:
+                filled[name] = value
+        if filled.get("draft_step_s") is None:
+            filled["draft_step_s"] = self._draft_step_s(drafter, limits, max_drafts)
+        return filled
+
+    def _draft_step_s(self, drafter: DrafterSpec, limits: SchedulerConfig, max_drafts: int) -> float:
+        key = json.dumps([drafter, max_drafts], sort_keys=True, default=id)
+        if key not in self._drafters:
+            seconds = measure_draft_step_s(self._runner, self._tokenizer, drafter, limits, max_drafts)
+            self._drafters[key] = seconds, drafter  # kept, or a loaded model's id might be given to another
+        return self._drafters[key][0]
+
+
+def measure_step_times(
+    runner: Runner, limits: SchedulerConfig, max_drafts: int, budget_s: float = BUDGET_S
+) -> StepTimes:
+    """Measure the target at 1, 2, 4, … tokens, up to ``limits.max_num_seqs`` · (1 + ``max_drafts``).
+
+    Sizes of which one pass would take more than a twelfth of ``budget_s``, or that the KV blocks cannot hold, are
+    left out; the controller extends the last slope. The KV cache is overwritten.
+
+    Args:
+        runner: the target; no engine may hold KV blocks of it.
+        limits: of the engine that is to be controlled.
+        max_drafts: most drafts of a row, >= 1.
+        budget_s: seconds that measuring may take, roughly.
+    """
+    assert max_drafts >= 1
+    start_s = time.perf_counter()
+    passes = _Passes(runner, limits, max_drafts)
+    sizes = passes.sizes_within(budget_s / 12)
+    measured: dict[tuple[int, int], list[float]] = {(tokens, 0): [] for tokens in sizes}
+    contexts = passes.contexts()
+    for context in contexts:
+        measured.setdefault((passes.context_rows, context), [])
+    for _ in range(MAX_ROUNDS):
+        round_s = time.perf_counter()
+        for tokens in sizes:
+            measured[tokens, 0].append(passes.verify_s(tokens))
+        for context in contexts:
+            measured[passes.context_rows, context].append(passes.decode_s(context))
+        now_s = time.perf_counter()
+        if now_s - start_s + now_s - round_s > budget_s:
+            break
+    slope = 0.0
+    if contexts:
+        short, long = (statistics.median(measured[passes.context_rows, context]) for context in contexts)
+        slope = max(0.0, long - short) / (passes.context_rows * (contexts[1] - contexts[0]))
+    step_s = np.maximum.accumulate([statistics.median(measured[tokens, 0]) for tokens in sizes])
+    times = StepTimes(
+        step_tokens=tuple(sizes),
+        step_s=tuple(step_s.tolist()),
+        context_token_s=slope,
+        max_tokens=_most_tokens(limits, max_drafts),
+        num_rounds=len(measured[sizes[0], 0]),
+        measured_s=time.perf_counter() - start_s,
+    )
+    log.info("step times measured in %.1f s: %s", times.measured_s, times)
+    return times
+
+
+def measure_draft_step_s(
+    runner: Runner, tokenizer: Tokenizer, drafter: DrafterSpec, limits: SchedulerConfig, max_drafts: int
+) -> float:
+    """Seconds of drafting per token of one row's draft, 0 for drafters that run no model.
+
+    A fresh drafter proposes ``max_drafts`` tokens a few times (twice if that takes seconds) for one greedy request; the
+    median of a proposal's time over its tokens is taken. A tree with fewer passes than nodes so shares their time out
+    among the nodes, as the controller counts. The KV cache is overwritten.
+    """
+    made = make_drafter(drafter)
+    names = {source.name for source in getattr(made, "sources", [made]) if source}
+    prompt_len = min(8, limits.max_model_len - 1, limits.num_blocks * limits.block_size - 1)
+    if made is None or names <= _MODEL_FREE or prompt_len < 1:
+        return 0.0
+    loop = _WatchedLoop(replace(limits, max_num_seqs=1), make_policy("chunked"), Fixed(max_drafts))
+    engine = Engine(runner, tokenizer, loop, made)
+    room = min(limits.max_model_len, limits.num_blocks * limits.block_size) - prompt_len
+    max_tokens = min(room, (1 + max_drafts) * (_PROPOSALS + 1) + 1)
+    prompt = np.arange(prompt_len, dtype=np.int32) % runner.config.vocab_size
+    engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    is_done = False
+    while not is_done:
+        _, finished = engine.step(engine.clock())
+        is_late = engine.clock() > BUDGET_S and len(loop.draft_s) >= 2
+        is_done = bool(finished) or is_late or len(loop.draft_s) > _PROPOSALS
+    engine.abandon()
+    # The first proposal computes the prompt as well.
+    seconds = statistics.median(loop.draft_s[1:] or loop.draft_s or [0.0])
+    log.info("drafting with %s takes %.3g s a token", made.name, seconds)
+    return seconds
+
+
+class _WatchedLoop(StepLoop):
+    """Notes the seconds of drafting of each step, per token of its longest draft."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.draft_s: list[float] = []
+
+    def commit(self, plan: StepPlan, outcome: StepOutcome, now_s: float) -> None:
+        super().commit(plan, outcome, now_s)
+        longest = int(plan.num_drafts.max(initial=0))
+        if longest:
+            self.draft_s.append(outcome.draft_s / longest)
+
+
+class _Passes:
+    """Passes of the target over rows that hold KV blocks of their own."""
+
+    def __init__(self, runner: Runner, limits: SchedulerConfig, max_drafts: int) -> None:
+        self._runner, self._limits = runner, limits
+        self._most = _most_tokens(limits, max_drafts)
+        self._per_row = min(1 + max_drafts, limits.max_model_len)
+        self._state = RowState(limits.max_num_seqs, limits.max_model_len, max_drafts)
+        self.context_rows = min(limits.max_num_seqs, limits.num_blocks, _CONTEXT_ROWS)
+
+    def sizes_within(self, longest_s: float) -> list[int]:
+        """Numbers of tokens whose pass takes at most about ``longest_s``, and the smallest; they are warm then."""
+        sizes = [1 << power for power in range(self._most.bit_length())]
+        if sizes[-1] < self._most:
+            sizes.append(self._most)
+        chosen: list[int] = []
+        last_s = 0.0
+        for tokens in sizes:
+            if not self._fits(tokens) or (len(chosen) >= MIN_SIZES and 2.0 * last_s > longest_s):
+                break
+            last_s = min(self.verify_s(tokens) for _ in range(2))
+            chosen.append(tokens)
+        return chosen
+
+    def contexts(self) -> tuple[int, ...]:
+        """No context and as much as the limits allow; nothing if that is none."""
+        size = self._limits.block_size
+        room = self._limits.num_blocks // self.context_rows * size
+        longest = min(_CONTEXT, room - 1, self._limits.max_model_len - 1)
+        if longest < 1:
+            return ()
+        # What nobody wrote may not be in memory yet.
+        used = self.context_rows * -(-(longest + 1) // size)
+        copies = np.stack([np.zeros(used - 1), np.arange(1, used)], axis=1).astype(np.int32)
+        self._runner.copy_blocks(copies)
+        return 0, longest
+
+    def verify_s(self, tokens: int) -> float:
+        """Seconds for so many tokens, in rows of a last token and its drafts."""
+        rows = -(-tokens // self._per_row)
+        counts = np.full(rows, tokens // rows, np.int32)
+        counts[: tokens % rows] += 1
+        return self._pass_s(counts, 0)
+
+    def decode_s(self, context: int) -> float:
+        """Seconds for ``context_rows`` single tokens behind so much context each."""
+        return self._pass_s(np.ones(self.context_rows, np.int32), context)
+
+    def _fits(self, tokens: int) -> bool:
+        rows = -(-tokens // self._per_row)
+        return tokens <= 2 or rows * -(-self._per_row // self._limits.block_size) <= self._limits.num_blocks
+
+    def _pass_s(self, counts: IntArray, context: int) -> float:
+        size, rows = self._limits.block_size, np.arange(counts.size)
+        width = -(-(context + int(counts.max())) // size)
+        table = np.arange(counts.size * width, dtype=np.int32).reshape(-1, width)
+        start_s = time.perf_counter()
+        start = np.full(counts.size, context, np.int32)
+        batch = StepInput(self._state, table, size, rows, start, counts, counts)
+        self._runner.forward(batch).argmax(dim=-1).numpy(force=True)
+        return time.perf_counter() - start_s
+
+
+def _most_tokens(limits: SchedulerConfig, max_drafts: int) -> int:
+    return limits.max_num_seqs * (1 + max_drafts)
