@@ -22,7 +22,7 @@ import polars as pl
 from experiments import common
 from experiments.control_traps import run_traps
 from experiments.options import controller_options
-from experiments.rows_file import appended, read_rows
+from experiments.rows_file import Row, appended, fingerprint, read_rows
 from specdec import plots_drafts
 from specdec.config import Config
 from specdec.metrics import decode_rows, tokens_per_step
@@ -51,7 +51,6 @@ GOALS = {
     "goal": "goal",
 }
 Cell = tuple[int, int, str]
-Row = dict[str, Any]
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _summed(batch: int, name: str, cells: Sequence[Row]) -> Row:
 
 
 class _Bench:
-    """Measures cells, writing each as it comes; those of an earlier, stopped run in this directory are kept.
+    """Measures cells, writing each as it comes; those of a stopped run of this configuration are kept.
 
     Attributes:
         controllers: by label.
@@ -162,7 +161,8 @@ class _Bench:
     def __init__(self, config: Config, run: Run) -> None:
         self._config, self._run = config, run
         self._path = run.directory / "rounds.jsonl"
-        self._known = {_cell(row): row for row in read_rows(self._path)}
+        self._hash = fingerprint(config, "batches", "fixed", "rounds", "traps")
+        self._known = {_cell(row): row for row in read_rows(self._path, self._hash)}
         self.controllers = controllers(config)
         self.step_times: dict[str, Any] | None = None
 
@@ -219,6 +219,7 @@ class _Bench:
             "tau": tokens_per_step(decode_rows(steps)),
             "drafts": float(steps["num_draft_tokens"].sum()) / float(steps["num_rows"].sum()),
             "num_steps": steps.height,
+            "config_hash": self._hash,
         }
 
 

@@ -21,7 +21,7 @@ import polars as pl
 
 from experiments import common
 from experiments.measured import PHASES, mean_of, phases, seconds_per_token
-from experiments.rows_file import appended, read_rows
+from experiments.rows_file import appended, fingerprint, read_rows
 from specdec import plots, plots_drafts
 from specdec.config import Config
 from specdec.metrics import acceptance_by_position, acceptance_rate, decode_rows, tokens_per_step
@@ -58,7 +58,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     sweep = _Sweep(config, run)
     rows = sweep.fill(cells)
     run.console.print(summary_table(rows, COLUMNS, title=f"{config.model.name}, {options.batch} at a time"))
-    run.log_table("cells", [{k: v for k, v in row.items() if k != "survival"} for row in rows])
+    run.log_table(
+        "cells", [{k: v for k, v in row.items() if k not in ("survival", "config_hash")} for row in rows]
+    )
     table = pl.DataFrame(
         [{key: row[key] for key in COLUMNS} | {"step_ratio": row["step_ratio"]} for row in rows]
     )
@@ -84,16 +86,13 @@ def _label(row: dict[str, Any]) -> str:
 
 
 class _Sweep:
-    """Measures cells, writing each as it comes; those of an earlier, stopped run in this directory are kept.
-
-    Args:
-        config: whose cells they are: a run directory that says otherwise is begun anew.
-    """
+    """Measures cells, writing each as it comes; those of a stopped run of this configuration are kept."""
 
     def __init__(self, config: Config, run: Run) -> None:
         self._config, self._run = config, run
         self._path = run.directory / "cells.jsonl"
-        self._known = {_cell(row): row for row in read_rows(self._path)}
+        self._hash = fingerprint(config, "only", "num_drafts", "temperatures")
+        self._known = {_cell(row): row for row in read_rows(self._path, self._hash)}
         self._llm: LLM | None = None
         self._number = 0
 
@@ -109,6 +108,7 @@ class _Sweep:
                 cell = self._measure(name, k, items, drawn)
                 after = self._plain(items, drawn)
                 row = _row((name, k, temperature), cell, mean_of([before[1], after]))
+                row["config_hash"] = self._hash
                 before = temperature, after
                 self._known[name, k, temperature] = row
                 add(row)

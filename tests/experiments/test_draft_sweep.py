@@ -71,8 +71,13 @@ def test_a_stopped_sweep_measures_only_what_is_missing(tiny_llama_dir, tmp_path,
     monkeypatch.setattr(draft_sweep._Sweep, "_measure", counting)
     second = sweep(tiny_llama_dir, tmp_path / "run")
     assert measured == [("recycling", 3, 1.0)]
+    measured.clear()
+    sweep(tiny_llama_dir, tmp_path / "run", "sampling.max_tokens=20", "experiment.only=[ngram]")
+    assert measured == [("ngram", 3, 0.0), ("ngram", 3, 1.0)], "other options, other results"
+    sweep(tiny_llama_dir, tmp_path / "run")
     assert second["cells"][:3] == first["cells"][:3]
-    assert read_rows(path) == second["cells"], "the new row is not glued to the half line"
+    rows = read_rows(path, second["cells"][0]["config_hash"])
+    assert rows == second["cells"], "the new row is not glued to the half line"
 
 
 def test_unknown_drafters_fail_before_anything_runs(tiny_llama_dir, tmp_path):
