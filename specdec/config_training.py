@@ -29,7 +29,8 @@ class TrainDraftConfig:
 
     layers: of the target that an eagle3 head reads; null for a low, the middle and the last one. intermediate_size:
     of an eagle head's MLP; null is the target's. num_heads: of medusa. num_layers: of a student. unroll_steps,
-    anchor_share, unknown_share, regression: see ``EagleLearner``. decay, sharpness: of eagle heads and medusa.
+    anchor_share, unknown_share, regression: see ``EagleLearner``. decay: weight of each further draft position; null is
+    0.5 for eagle heads, 0.8 for medusa. sharpness: see ``EagleLearner``.
 
     learning_rate, weight_decay: of AdamW. num_steps: null is as many as fit the budget, in at most epochs passes over
     the answers. tokens_per_step: least tokens of a step. dtype: of matrix products; auto takes what is faster here.
@@ -61,7 +62,7 @@ class TrainDraftConfig:
     anchor_share: float = 0.25
     unknown_share: float = 0.1
     regression: float = 0.0
-    decay: float = 0.8
+    decay: float | None = None
     sharpness: float = 1.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -90,7 +91,7 @@ class TrainDraftConfig:
                 check_positive(f"experiment.{name}", getattr(self, name))
         for name in ("generate_share", "anchor_share", "unknown_share", "decay"):
             value = getattr(self, name)
-            require(0.0 <= value <= 1.0, f"experiment.{name}={value} must lie in [0, 1]")
+            require(value is None or 0.0 <= value <= 1.0, f"experiment.{name}={value} must lie in [0, 1]")
         for name in ("unroll_steps", "regression", "weight_decay"):
             require(getattr(self, name) >= 0, f"experiment.{name}={getattr(self, name)} must be >= 0")
         require(

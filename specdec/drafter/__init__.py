@@ -1,25 +1,48 @@
 """Drafters: who proposes the tokens that the target verifies.
 
 Life of a drafter: ``bind`` once to an engine, then for every step ``propose`` before the target runs and
-``observe`` after the commit. Whatever a drafter does, the output's law is the target's; a bad one is only slow.
+``observe`` after it. Whatever a drafter does, the output's law is the target's; a bad one is only slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from specdec.drafter.base import Draft, Drafter, DraftHost
 from specdec.drafter.draft_model import DraftModelDrafter
+from specdec.drafter.eagle import EagleDrafter
 from specdec.drafter.layer_skip import LayerSkipDrafter
+from specdec.drafter.medusa import MedusaDrafter
+from specdec.drafter.merged import MergedDrafter
 from specdec.drafter.ngram import NgramDrafter
+from specdec.drafter.recycling import RecyclingDrafter
+from specdec.drafter.suffix import SuffixDrafter
 from specdec.drafter.synthetic import SyntheticDrafter
 from specdec.names import unknown_name
 
+
+def _merged(drafters: Sequence[str | Mapping[str, Any]] = ()) -> Drafter:
+    """A merged drafter of those that ``drafters`` name."""
+    if isinstance(drafters, str | Mapping):
+        raise ValueError(f"merged: drafters={drafters!r} must be a list of drafters")
+    sources = [source for spec in drafters if (source := make_drafter(spec)) is not None]
+    if len(sources) < len(drafters):
+        raise ValueError(f"merged: drafters={list(drafters)} must not name 'none'")
+    if any(isinstance(source, SyntheticDrafter) for source in sources):
+        raise ValueError("merged: 'synthetic' drafts alone, it needs the target's output beforehand")
+    return MergedDrafter(sources)
+
+
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "draft_model": DraftModelDrafter,
+    "eagle": EagleDrafter,
     "layer_skip": LayerSkipDrafter,
+    "medusa": MedusaDrafter,
+    "merged": _merged,
     "ngram": NgramDrafter,
+    "recycling": RecyclingDrafter,
+    "suffix": SuffixDrafter,
     "synthetic": SyntheticDrafter,
 }
 
@@ -28,6 +51,8 @@ __all__ = ["DRAFTERS", "Draft", "DraftHost", "Drafter", "make_drafter"]
 
 def make_drafter(spec: str | Mapping[str, Any] | None) -> Drafter | None:
     """The drafter that ``spec`` names: ``"ngram"``, ``{"name": "ngram", "max_ngram": 4}``, ``None`` or ``"none"``.
+
+    A merged one names its own: ``{"name": "merged", "drafters": ["suffix", {"name": "ngram", "max_ngram": 4}]}``.
 
     Raises:
         ValueError: unknown name (with the nearest ones), an option that the drafter does not have, or a

@@ -73,7 +73,9 @@ class DraftModelDrafter(AutoregressiveDrafter):
     def _enter(self, plan: StepPlan) -> None:
         """Find how much of a newcomer's cached prefix the draft cache holds as well."""
         table = self._host.table
-        new = np.flatnonzero(self._owner[plan.rows] != plan.request_ids)
+        # A preempted request may come back to the very row that it had, with other blocks.
+        is_new = (self._owner[plan.rows] != plan.request_ids) | np.isin(plan.request_ids, plan.admitted)
+        new = np.flatnonzero(is_new)
         for index in new.tolist():
             row, context = int(plan.rows[index]), int(plan.context[index])
             # What was swapped in is the target's cache alone; these blocks held somebody else's draft cache.

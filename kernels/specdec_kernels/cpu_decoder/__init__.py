@@ -3,8 +3,8 @@
 Weights are bfloat16, sums float32.
 
 A token's logits depend, to the bit, on its own context alone: not on the other rows of the step, nor on whether it
-was computed in a prefill chunk, a decode step or a verification. Greedy speculative decoding therefore equals
-greedy plain decoding exactly, in bfloat16.
+was computed in a prefill chunk, a decode step or the verification of a chain or a tree. Greedy speculative decoding
+therefore equals greedy plain decoding exactly, in bfloat16.
 
     decoder = CpuDecoder(spec, weights)
     cache = decoder.new_kv_cache(num_blocks=512, block_size=16)

@@ -1,0 +1,141 @@
+"""A head's decoder layer over a paged KV cache: inputs in, logits over the draft vocabulary and outputs out.
+
+Like a model (``specdec.runner``) it has an eager backend in plain torch and a native one in C++.
+Legend: T tokens of a pass, N rows of logits, D draft vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from specdec_kernels import cpu_decoder
+from specdec_kernels.cpu_decoder.layers import CpuLayers
+from specdec_kernels.paged_attention import paged_attention, store_kv
+from torch import Tensor
+
+from specdec.heads.borrowed import Borrowed
+from specdec.heads.eagle import EagleHead
+from specdec.kv_cache import KVCache
+from specdec.model.config import ModelConfig
+from specdec.rows import StepInput
+from specdec.scheduler.plan import IntArray
+
+
+class HeadRunner(Protocol):
+    """A head with its KV cache, whose blocks are numbered as the target's."""
+
+    def forward(self, x: Tensor, batch: StepInput) -> tuple[Tensor, Tensor]:
+        """Compute T tokens, storing their keys and values.
+
+        Args:
+            x: the layer's inputs [T, H], see ``EagleHead.inputs``.
+            batch: places, masks and the rows whose logits are wanted; its token ids are not used.
+
+        Returns:
+            logits float32 [N, D] of ``batch.logit_rows``, and the layer's outputs [N, H] there.
+        """
+        ...
+
+    def copy_blocks(self, copies: IntArray) -> None:
+        """Copy KV blocks, int32 [C, 2] pairs (source, destination)."""
+        ...
+
+
+class EagerHeadRunner:
+    def __init__(self, head: EagleHead, borrowed: Borrowed, num_blocks: int, block_size: int) -> None:
+        shape, device = head.shape, head.mix.device
+        self.head, self.borrowed, self.device = head, borrowed, device
+        self._kv_cache = KVCache(
+            1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim, head.mix.dtype, device
+        )
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, batch: StepInput) -> tuple[Tensor, Tensor]:
+        def put(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(self.device)
+
+        positions, (keys, values) = put(batch.positions), (self._kv_cache.k[0], self._kv_cache.v[0])
+        q, k, v = self.head.project(x, positions)
+        store_kv(k, v, keys, values, put(batch.slot_mapping))
+        attended = paged_attention(
+            q,
+            keys,
+            values,
+            put(batch.query_start),
+            put(batch.context_lens),
+            put(batch.block_tables),
+            self.head.shape.head_dim**-0.5,
+            tree_mask=None if batch.tree_mask is None else put(batch.tree_mask),
+            positions=positions,
+        )
+        wanted = put(batch.logit_rows)
+        outputs = self.head.finish(x[wanted], attended[wanted])
+        return self.borrowed.logits(outputs), outputs
+
+    def copy_blocks(self, copies: IntArray) -> None:
+        if copies.size:
+            pairs = torch.from_numpy(copies).to(self.device, torch.int64)
+            self._kv_cache.copy_blocks(pairs[:, 0], pairs[:, 1])
+
+
+class NativeHeadRunner:
+    def __init__(
+        self, head: EagleHead, borrowed: Borrowed, config: ModelConfig, num_blocks: int, block_size: int
+    ) -> None:
+        weights = {**head.layer_weights(), "final_norm": borrowed.norm_weight, "lm_head": borrowed.lm_head}
+        self._layers = CpuLayers(native_head_spec(head, borrowed, config), weights)
+        self._kv_cache = self._layers.new_kv_cache(num_blocks, block_size)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, batch: StepInput) -> tuple[Tensor, Tensor]:
+        logits, outputs = self._layers.forward_hidden(
+            x,
+            batch.positions,
+            batch.query_start,
+            batch.context_lens,
+            batch.block_tables,
+            batch.slot_mapping,
+            batch.logit_rows,
+            self._kv_cache,
+            batch.tree_mask,
+        )
+        return logits, outputs[torch.from_numpy(batch.logit_rows)]
+
+    def copy_blocks(self, copies: IntArray) -> None:
+        if copies.size:
+            self._kv_cache.copy_blocks(copies[:, 0], copies[:, 1])
+
+
+def native_head_spec(head: EagleHead, borrowed: Borrowed, config: ModelConfig) -> cpu_decoder.DecoderSpec:
+    """The native backend's description of a head for a target of ``config``."""
+    shape = head.shape
+    return cpu_decoder.DecoderSpec(
+        vocab_size=borrowed.token_ids.numel(),
+        hidden_size=shape.hidden_size,
+        num_layers=1,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        activation="silu",
+        norm_eps=shape.norm_eps,
+        norm_offset=0.0,
+        post_norms=False,
+        embedding_scale=1.0,
+        attention_scale=shape.head_dim**-0.5,
+        logit_softcap=config.logit_softcap,
+        max_model_len=config.max_model_len,
+        sliding_window=(None,),
+        inv_freq=(head.inv_freq,),
+    )
+
+
+def make_head_runner(
+    head: EagleHead, borrowed: Borrowed, config: ModelConfig, backend: str, num_blocks: int, block_size: int
+) -> HeadRunner:
+    """A runner on the target's ``backend``, or the eager one for a head that the native cannot run."""
+    if backend == "native" and cpu_decoder.supports(native_head_spec(head, borrowed, config))[0]:
+        return NativeHeadRunner(head, borrowed, config, num_blocks, block_size)
+    return EagerHeadRunner(head, borrowed, num_blocks, block_size)
