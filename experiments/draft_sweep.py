@@ -65,7 +65,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         [{key: row[key] for key in COLUMNS} | {"step_ratio": row["step_ratio"]} for row in rows]
     )
     run.log_figure("tau_against_cost", plots_drafts.tau_against_cost(table))
-    run.log_figure("survival", plots_drafts.survival({_label(row): row["survival"] for row in rows}))
+    run.log_figure(
+        "survival", plots_drafts.survival([(row["drafter"], _label(row), row["survival"]) for row in rows])
+    )
     measured, predicted = table["speedup"].to_numpy(), table["predicted_speedup"].to_numpy()
     figure = plots.predicted_against_measured(
         measured, predicted, label="speed-up", groups=table["drafter"].to_list()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -62,19 +62,29 @@ def tau_against_cost(cells: pl.DataFrame) -> Figure:
     return figure
 
 
-def survival(by_drafter: Mapping[str, Sequence[float]]) -> Figure:
+def survival(cells: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
     """Share of verifications that accept a draft up to each position; the area under a line is τ - 1.
 
     Args:
-        by_drafter: label → shares at positions 1, 2, ….
+        cells: drafter, which decides the colour, label, and shares at positions 1, 2, ….
     """
-    drawn = {name: values for name, values in by_drafter.items() if len(values)}
+    drawn = [cell for cell in cells if len(cell[2])]
     _need(drawn, "drafts")
     figure, axes = _figure(7.4, 4.4)
-    for index, (name, values) in enumerate(drawn.items()):
-        style = {"color": _colour(index), "marker": _MARKERS[index // 7 % len(_MARKERS)], "markersize": 4}
-        axes.plot(np.arange(1, len(values) + 1), values, label=name, linewidth=1.2, **style)
-    axes.set_ylim(0.0, 1.0)
+    drafters = list(dict.fromkeys(name for name, _, _ in drawn))
+    for drafter in drafters:
+        own = [cell for cell in drawn if cell[0] == drafter]
+        for place, (_, label, values) in enumerate(own):
+            axes.plot(
+                np.arange(1, len(values) + 1),
+                values,
+                label=label,
+                color=_colour(drafters.index(drafter)),
+                marker=_MARKERS[place % len(_MARKERS)],
+                linewidth=1.2,
+                markersize=4,
+            )
+    axes.set_ylim(0.0, min(1.0, 1.15 * max(max(values) for _, _, values in drawn)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _style(axes, "Acceptance by position", "draft position, in trees the depth", "P(accepted up to here)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
