@@ -140,11 +140,6 @@ class Replica:
         self._is_stopped = False
         self._process = env.process(self.run())
 
-    @property
-    def num_outstanding(self) -> int:
-        """Requests that wait or run here."""
-        return self.loop.num_waiting + self.loop.num_running
-
     def submit(self, request: SimRequest) -> None:
         """A request arrives, now.
 

@@ -509,7 +509,7 @@ class StepLoop:
 
 
 class Joined:
-    """What :meth:`StepLoop._admit` let in: the requests, their tokens of this step, and KV to bring about first."""
+    """What :meth:`StepLoop.admit` let in: the requests, their tokens of this step, and KV to bring about first."""
 
     __slots__ = ("copies", "new", "requests", "swapped_in")
 

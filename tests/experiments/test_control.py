@@ -18,14 +18,10 @@ from experiments.control_traps import (
     context_trap,
 )
 from specdec import step_times
-from specdec.run import execute
+from tests.experiments.tiny import run_tiny
 from tests.test_configs import build
 
 SMALL = (
-    "tracking=disabled",
-    "model.dtype=float32",
-    "engine.max_model_len=128",
-    "engine.kv_memory_mb=64",
     "sampling.max_tokens=24",
     "speculation.num_drafts=3",
     "experiment.batches=[1,3]",
@@ -36,13 +32,7 @@ SMALL = (
 
 
 def measure(model: Path, directory: Path, *overrides: str) -> dict:
-    prompts = directory.with_suffix(".jsonl")
-    prompts.write_text('{"prompt": "one two one two one"}\n{"prompt": "red green red"}\n')
-    config = build(
-        f"model.name={model}", f"workload.prompts={prompts}", *SMALL, *overrides, experiment="control"
-    )
-    directory.mkdir(exist_ok=True)
-    return execute(config, directory, None)
+    return run_tiny("control", model, directory, *SMALL, *overrides)
 
 
 @pytest.fixture

@@ -9,14 +9,10 @@ import pytest
 
 from experiments import draft_sweep
 from experiments.rows_file import read_rows
-from specdec.run import execute
+from tests.experiments.tiny import run_tiny
 from tests.test_configs import build
 
 SMALL = (
-    "tracking=disabled",
-    "model.dtype=float32",
-    "engine.max_model_len=128",
-    "engine.kv_memory_mb=64",
     "sampling.max_tokens=24",
     "experiment.only=[ngram,recycling]",
     "experiment.num_drafts=[3]",
@@ -25,13 +21,7 @@ SMALL = (
 
 
 def sweep(model: Path, directory: Path, *overrides: str) -> dict:
-    prompts = directory.with_suffix(".jsonl")
-    prompts.write_text('{"prompt": "one two one two one"}\n{"prompt": "red green red"}\n')
-    config = build(
-        f"model.name={model}", f"workload.prompts={prompts}", *SMALL, *overrides, experiment="draft_sweep"
-    )
-    directory.mkdir(exist_ok=True)
-    return execute(config, directory, None)
+    return run_tiny("draft_sweep", model, directory, *SMALL, *overrides)
 
 
 def test_cells_hold_what_the_formula_needs(tiny_llama_dir, tmp_path):

@@ -10,13 +10,10 @@ import pytest
 from experiments.lossless import _law, _p_value, _places
 from specdec import LLM, SamplingParams, acceptor
 from specdec.run import execute
+from tests.experiments.tiny import run_tiny
 from tests.test_configs import build
 
 SMALL = (
-    "tracking=disabled",
-    "model.dtype=float32",
-    "engine.max_model_len=128",
-    "engine.kv_memory_mb=64",
     "workload.num_prompts=2",
     "sampling.max_tokens=12",
     "experiment.num_sampled_prompts=2",
@@ -26,13 +23,7 @@ SMALL = (
 
 
 def certificate(model: Path, directory: Path, *overrides: str) -> dict:
-    prompts = directory.with_suffix(".jsonl")
-    prompts.write_text('{"prompt": "one two one two one"}\n{"prompt": "red green red"}\n')
-    config = build(
-        f"model.name={model}", f"workload.prompts={prompts}", *SMALL, *overrides, experiment="lossless"
-    )
-    directory.mkdir()
-    return execute(config, directory, None)
+    return run_tiny("lossless", model, directory, *SMALL, *overrides)
 
 
 @pytest.mark.parametrize("drafter", ["layer_skip", "recycling"])

@@ -112,7 +112,7 @@ def simulate(
     if trace:
         trace.close()
     replica.loop.pool.check([])
-    assert len(finished) == workload.num_requests and replica.num_outstanding == 0
+    assert len(finished) == workload.num_requests and not replica.loop.has_work
     return finished, replica
 
 
