@@ -239,9 +239,13 @@ class GoodputConfig:
     name: str = "goodput"
     num_drafts: int = 8
     context_token_s: float | None = None
+    overhead_s: float | None = None
+    overhead_row_s: float | None = None
     draft_step_s: float | None = None
+    draft_row_s: float | None = None
     step_tokens: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
+    rank_rates: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_num_drafts("speculation.num_drafts", self.num_drafts)

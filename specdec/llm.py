@@ -127,8 +127,8 @@ class LLM:
             speculation: ``"fixed"``, ``"adaptive"``, ``"load_threshold"``, ``"goodput"`` or ``"off"``, or a mapping
                 with options. Goodput decides by the step times of the device: without ``step_tokens`` and ``step_s``
                 they are measured here, which takes a few seconds (``specdec.step_times``), once for this model and
-                the largest ``max_num_seqs`` and ``num_drafts`` so far, and ``draft_step_s`` once for each drafter
-                that runs a model. With them nothing is measured, and other times that are left out count as 0.
+                the largest ``max_num_seqs`` and ``num_drafts`` so far, and the drafter's once for each drafter. With
+                them nothing is measured, and other times that are left out count as 0.
             rule: how sampled drafts are verified, ``"token"`` or ``"block"``; of trees that is ``"recursive"`` or
                 ``"traversal"``, which mean the same. All are lossless.
             policy: batching policy: ``"static"``, ``"dynamic"``, ``"continuous"``, ``"chunked"``, or a mapping

@@ -2,7 +2,7 @@
 
 Method: passes of the target with no context, spread over rows as verification spreads them, and passes of single
 tokens with little and with much context. All sizes are measured in turn, for as many rounds as the time budget holds,
-and medians are taken. A drafter that runs a model is timed in a short generation of its own.
+and medians are taken. The host's share of a step and the drafter's are taken from short generations of an engine.
 
 >>> times = measure_step_times(llm.runner, llm.engine.loop.config, max_drafts=8)
 >>> llm.configure("ngram", speculation={"name": "goodput", "max_drafts": 8, **times.options()})
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from specdec.drafter import make_drafter
+from specdec.drafter.base import Drafter
 from specdec.engine import Engine
 from specdec.model.tokenizer import Tokenizer
 from specdec.rows import RowState, StepInput
@@ -38,6 +39,7 @@ PROVISIONAL = {"step_tokens": (1, 2), "step_s": (1.0, 1.0)}
 """Times that stand in for those that are yet to be measured, for what checks the other options."""
 _CONTEXT = 1024  # tokens of each row, where the limits allow so many
 _CONTEXT_ROWS = 8
+_HOST_ROWS = 8
 _PROPOSALS = 6
 _MODEL_FREE = frozenset({"ngram", "suffix", "recycling", "synthetic"})
 
@@ -69,6 +71,19 @@ class StepTimes:
         return {name: getattr(self, name) for name in ("step_tokens", "step_s", "context_token_s")}
 
 
+@dataclass(frozen=True, slots=True)
+class HostTimes:
+    """Seconds of the host in a step of plain decoding: ``overhead_s`` in each, ``overhead_row_s`` for each row."""
+
+    overhead_s: float
+    overhead_row_s: float
+    max_rows: int
+
+    def options(self) -> dict[str, Any]:
+        """As the goodput controller takes them."""
+        return {name: getattr(self, name) for name in ("overhead_s", "overhead_row_s")}
+
+
 def needs_times(options: Mapping[str, Any]) -> bool:
     """Whether these controller options are of goodput and lack the step times altogether."""
     given = [options.get(name) for name in ("step_tokens", "step_s")]
@@ -83,13 +98,14 @@ class DeviceTimes:
         tokenizer: the target's.
 
     Attributes:
-        steps: what was measured last; ``None`` before.
+        steps, host: what was measured last; ``None`` before.
     """
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer) -> None:
         self._runner, self._tokenizer = runner, tokenizer
-        self._drafters: dict[str, tuple[float, DrafterSpec]] = {}
+        self._drafters: dict[str, tuple[dict[str, float], DrafterSpec]] = {}
         self.steps: StepTimes | None = None
+        self.host: HostTimes | None = None
 
     def filled(
         self, options: Mapping[str, Any], drafter: DrafterSpec, limits: SchedulerConfig
@@ -107,18 +123,25 @@ class DeviceTimes:
         filled = dict(options)
         if self.steps is None or self.steps.max_tokens < _most_tokens(limits, max_drafts):
             self.steps = measure_step_times(self._runner, limits, max_drafts)
-        for name, value in self.steps.options().items():
-            if name != "context_token_s" or filled.get(name) is None:
-                filled[name] = value
+        if self.host is None or self.host.max_rows < limits.max_num_seqs:
+            self.host = measure_host_times(self._runner, self._tokenizer, limits)
+        measured = self.steps.options() | self.host.options()
         if filled.get("draft_step_s") is None:
-            filled["draft_step_s"] = self._draft_step_s(drafter, limits, max_drafts)
+            measured |= self._draft_times(drafter, limits, max_drafts, bool(options.get("rank_rates")))
+        for name, value in measured.items():
+            if filled.get(name) is None or name in ("step_tokens", "step_s"):
+                filled[name] = value
         return filled
 
-    def _draft_step_s(self, drafter: DrafterSpec, limits: SchedulerConfig, max_drafts: int) -> float:
-        key = json.dumps([drafter, max_drafts], sort_keys=True, default=id)
+    def _draft_times(
+        self, drafter: DrafterSpec, limits: SchedulerConfig, max_drafts: int, by_level: bool
+    ) -> dict[str, float]:
+        key = json.dumps([drafter, max_drafts, by_level], sort_keys=True, default=id)
         if key not in self._drafters:
-            seconds = measure_draft_step_s(self._runner, self._tokenizer, drafter, limits, max_drafts)
-            self._drafters[key] = seconds, drafter  # kept, or a loaded model's id might be given to another
+            times = measure_draft_times(
+                self._runner, self._tokenizer, drafter, limits, max_drafts, by_level=by_level
+            )
+            self._drafters[key] = times, drafter  # kept, or a loaded model's id might be given to another
         return self._drafters[key][0]
 
 
@@ -170,50 +193,96 @@ def measure_step_times(
     return times
 
 
-def measure_draft_step_s(
-    runner: Runner, tokenizer: Tokenizer, drafter: DrafterSpec, limits: SchedulerConfig, max_drafts: int
-) -> float:
-    """Seconds of drafting per token of one row's draft, 0 for drafters that run no model.
+def measure_host_times(runner: Runner, tokenizer: Tokenizer, limits: SchedulerConfig) -> HostTimes:
+    """What the host adds to steps of one row and of several, plain and greedy. The KV cache is overwritten."""
+    several = min(limits.max_num_seqs, limits.num_blocks, _HOST_ROWS)
+    counts = sorted({1, several})
+    medians: list[float] = []
+    for rows in counts:
+        seen = _short_run(runner, tokenizer, None, replace(limits, max_num_seqs=rows), 0)
+        medians.append(statistics.median(outcome.overhead_s for outcome in seen) if seen else 0.0)
+    slope = max(0.0, medians[-1] - medians[0]) / (several - 1) if several > 1 else 0.0
+    times = HostTimes(max(0.0, medians[0] - slope), slope, limits.max_num_seqs)
+    log.info("host times measured: %s", times)
+    return times
 
-    A fresh drafter proposes ``max_drafts`` tokens a few times (twice if that takes seconds) for one greedy request; the
-    median of a proposal's time over its tokens is taken. A tree with fewer passes than nodes so shares their time out
-    among the nodes, as the controller counts. The KV cache is overwritten.
+
+def measure_draft_times(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    drafter: DrafterSpec,
+    limits: SchedulerConfig,
+    max_drafts: int,
+    *,
+    by_level: bool = False,
+) -> dict[str, float]:
+    """What drafting ``max_drafts`` tokens takes, as options of the goodput controller; 0 without a drafter
+    and of synthetic drafts.
+
+    A fresh drafter proposes a few times (twice if that takes seconds) for one greedy request, and medians are taken. Of
+    one that runs a model, ``draft_step_s`` is a proposal's time over its levels, or over its tokens if the controller
+    counts those: a tree with fewer passes than nodes then shares their time out among the nodes. Of one that runs
+    none, all its time counts for the row, as ``draft_row_s``. The KV cache is overwritten.
     """
     made = make_drafter(drafter)
+    nothing = {"draft_step_s": 0.0, "draft_row_s": 0.0}
+    if made is None or made.name == "synthetic":  # which knows its own prompts only
+        return nothing
+    seen = _short_run(runner, tokenizer, made, replace(limits, max_num_seqs=1), max_drafts)
+    if not seen:
+        return nothing
     names = {source.name for source in getattr(made, "sources", [made]) if source}
-    prompt_len = min(8, limits.max_model_len - 1, limits.num_blocks * limits.block_size - 1)
-    if made is None or names <= _MODEL_FREE or prompt_len < 1:
-        return 0.0
-    loop = _WatchedLoop(replace(limits, max_num_seqs=1), make_policy("chunked"), Fixed(max_drafts))
-    engine = Engine(runner, tokenizer, loop, made)
-    room = min(limits.max_model_len, limits.num_blocks * limits.block_size) - prompt_len
-    max_tokens = min(room, (1 + max_drafts) * (_PROPOSALS + 1) + 1)
+    if names <= _MODEL_FREE:
+        times = nothing | {"draft_row_s": statistics.median(outcome.draft_s for outcome in seen)}
+    else:
+        levels = [
+            max(1, int(outcome.draft_depths.max(initial=0))) if by_level else max_drafts for outcome in seen
+        ]
+        per_step = [outcome.draft_s / count for outcome, count in zip(seen, levels, strict=True)]
+        times = nothing | {"draft_step_s": statistics.median(per_step)}
+    log.info("drafting with %s takes %s", made.name, times)
+    return times
+
+
+def _short_run(
+    runner: Runner, tokenizer: Tokenizer, drafter: Drafter | None, limits: SchedulerConfig, max_drafts: int
+) -> list[StepOutcome]:
+    """Outcomes of the first decoding steps of ``limits.max_num_seqs`` greedy requests, without the warm-up.
+
+    Nothing if the limits hold no prompt.
+    """
+    num_rows = limits.max_num_seqs
+    room = min(limits.max_model_len, limits.num_blocks // num_rows * limits.block_size)
+    prompt_len = min(8, room - 1)
+    if prompt_len < 1:
+        return []
+    loop = _WatchedLoop(limits, make_policy("chunked"), Fixed(max_drafts))
+    engine = Engine(runner, tokenizer, loop, drafter)
+    max_tokens = min(room - prompt_len, (1 + max_drafts) * (_PROPOSALS + 1) + 1)
     prompt = np.arange(prompt_len, dtype=np.int32) % runner.config.vocab_size
-    engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    for _ in range(num_rows):
+        engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     is_done = False
     while not is_done:
         _, finished = engine.step(engine.clock())
-        is_late = engine.clock() > BUDGET_S and len(loop.draft_s) >= 2
-        is_done = bool(finished) or is_late or len(loop.draft_s) > _PROPOSALS
+        is_late = engine.clock() > BUDGET_S and len(loop.decoding) >= 2
+        is_done = bool(finished) or is_late or len(loop.decoding) > _PROPOSALS
     engine.abandon()
-    # The first proposal computes the prompt as well.
-    seconds = statistics.median(loop.draft_s[1:] or loop.draft_s or [0.0])
-    log.info("drafting with %s takes %.3g s a token", made.name, seconds)
-    return seconds
+    # A drafter's first proposal computes the prompt as well.
+    return loop.decoding[1:] or loop.decoding
 
 
 class _WatchedLoop(StepLoop):
-    """Notes the seconds of drafting of each step, per token of its longest draft."""
+    """Notes the outcomes of steps in which all rows decode, as many as ever run."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.draft_s: list[float] = []
+        self.decoding: list[StepOutcome] = []
 
     def commit(self, plan: StepPlan, outcome: StepOutcome, now_s: float) -> None:
         super().commit(plan, outcome, now_s)
-        longest = int(plan.num_drafts.max(initial=0))
-        if longest:
-            self.draft_s.append(outcome.draft_s / longest)
+        if plan.rows.size == self.config.max_num_seqs and (plan.num_new == 1).all() and plan.emits.all():
+            self.decoding.append(outcome)
 
 
 class _Passes:

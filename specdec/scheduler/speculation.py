@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from specdec.names import unknown_name
 from specdec.scheduler.plan import IntArray, LongArray
 from specdec.scheduler.table import RequestTable
+from specdec.scheduler.tree_worth import TreeWorth
 
 
 class SpeculationController(Protocol):
@@ -125,10 +126,15 @@ class LoadThreshold:
 class Goodput:
     """Over the whole batch, the drafts that maximise expected tokens per second.
 
-    A row's draft j is worth its survival α^j, the chance that it is accepted. Drafts are admitted in falling
-    order of worth, and of all so many the number is taken at which (rows + sum of worths) / step time is
-    largest. Step times have plateaus, so the objective has several maxima: all numbers and all longest drafts
-    are tried, which finds the best of all combinations.
+    A row's draft is worth the chance that it is accepted. Of a chain, draft j is worth α^j, with the row's own
+    acceptance rate α. Of a tree, the node of the n-th largest worth is the n-th draft: its path's product of
+    ``rank_rates``, each times s, the row's own success in units of those rates. (The tree of n nodes with the most
+    expected tokens has the n largest products: Sequoia, arXiv 2402.12374, section 3.)
+
+    Drafts are admitted in falling order of worth, and of all so many the number is taken at which
+    (rows + sum of worths) / step time is largest. Step times have plateaus, so the objective has several maxima: all
+    numbers and all longest drafts are tried, which finds the best of all combinations where rows cost the drafter
+    nothing of their own.
 
     Args:
         max_drafts: most drafts of a row.
@@ -136,19 +142,34 @@ class Goodput:
             the last with its slope. They are those of the running device, without context.
         context_token_s: seconds that reading the KV of one cached token adds to a step. Drafts do not change it, but
             the longer a step is anyway, the more they are worth.
-        draft_step_s: seconds of one pass of the drafter.
-        prior_accepted, prior_rejected: pseudo-counts of a row's acceptance rate.
+        overhead_s, overhead_row_s: seconds of the host in every step, and for each of its rows. Drafts do not change
+            them either.
+        draft_step_s: seconds of one pass of the drafter: of a draft token of a chain, of a level of a tree.
+        draft_row_s: seconds that drafting takes for each row that drafts.
+        rank_rates: of drafters of trees, the chance that the child of each rank is the accepted one, given that its
+            parent was; falling, of sum <= 1. Without them a tree counts as a chain of as many tokens, which drafts
+            too little.
+        prior_accepted, prior_rejected: pseudo-counts of a row's acceptance rate. Trees take ``rank_rates`` for the
+            prior and the sum of both for its weight.
+        probe_every: a row that drafts nothing although one that nothing is known of would drafts one token every so
+            many steps, or its estimate could never recover.
     """
 
     max_drafts: int = 8
     step_tokens: tuple[float, ...] = ()
     step_s: tuple[float, ...] = ()
     context_token_s: float = 0.0
+    overhead_s: float = 0.0
+    overhead_row_s: float = 0.0
     draft_step_s: float = 0.0
+    draft_row_s: float = 0.0
+    rank_rates: tuple[float, ...] = ()
     prior_accepted: float = 2.0
     prior_rejected: float = 1.0
+    probe_every: int = 32
     is_constant: bool = field(default=False, init=False)
     _seconds: NDArray[np.float64] = field(init=False, repr=False, compare=False)
+    _tree: TreeWorth | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_max_drafts(self.max_drafts)
@@ -160,12 +181,16 @@ class Goodput:
             )
         if not all(np.diff(tokens) > 0) or not all(np.diff(seconds) >= 0) or tokens[0] < 1 or seconds[0] <= 0:
             raise ValueError("step_tokens must rise from >= 1, and step_s > 0 must not fall")
-        for name in ("context_token_s", "draft_step_s"):
+        for name in ("context_token_s", "overhead_s", "overhead_row_s", "draft_step_s", "draft_row_s"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be finite seconds >= 0")
         for name in ("prior_accepted", "prior_rejected"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number > 0")
+        if self.probe_every < 1:
+            raise ValueError(f"probe_every={self.probe_every} must be >= 1")
+        tree = TreeWorth(self.rank_rates, self.max_drafts) if self.rank_rates else None
+        object.__setattr__(self, "_tree", tree)
         object.__setattr__(self, "_seconds", self._interpolated(1024))
 
     def num_drafts(self, table: RequestTable, rows: LongArray, now_s: float) -> IntArray:
@@ -175,29 +200,65 @@ class Goodput:
         num_rows, k = decoding.size, self.max_drafts
         if num_rows == 0 or k == 0:
             return counts
-        some = rows[decoding]
-        accepted = table.num_accepted[some] + self.prior_accepted
+        worth, levels = self._worth(table, rows[decoding])
         # All first drafts, then all second ones, …: a stable sort keeps a row's drafts in order where worths tie.
-        worth = np.empty((k, num_rows))
-        worth[:] = accepted / (accepted + table.num_rejected[some] + self.prior_rejected)
-        worth = np.multiply.accumulate(worth, axis=0).ravel()
+        worth = worth.ravel()
         order = (-worth).argsort(kind="stable")
         most = num_rows + order.size
         if most >= self._seconds.size:
             object.__setattr__(self, "_seconds", self._interpolated(2 * most))
-        context_s = self.context_token_s * int(np.add.reduce(computed[decoding]))
-        target_s = self._seconds[num_rows : most + 1] + context_s
+        fixed_s = self.context_token_s * int(np.add.reduce(computed[decoding]))
+        fixed_s += self.overhead_s + self.overhead_row_s * num_rows
+        target_s = self._seconds[num_rows : most + 1] + fixed_s
         best_rate, chosen = num_rows / target_s[0], order[:0]
-        # The drafter's time depends on the longest draft alone; where it takes none, longer is never worse.
+        # The drafter's time depends on the deepest draft alone; where it takes none, longer is never worse.
         for longest in range(1 if self.draft_step_s else k, k + 1):
             allowed = order if longest == k else order[order < longest * num_rows]
             tokens = num_rows + np.add.accumulate(worth[allowed])
-            rates = tokens / (target_s[1 : allowed.size + 1] + self.draft_step_s * longest)
+            seconds = target_s[1 : allowed.size + 1] + self.draft_step_s * levels[longest - 1]
+            if self.draft_row_s:
+                seconds = seconds + self.draft_row_s * np.add.accumulate(allowed < num_rows)
+            rates = tokens / seconds
             place = int(rates.argmax())
             if rates[place] > best_rate:
                 best_rate, chosen = rates[place], allowed[: place + 1]
         counts[decoding] = np.bincount(chosen % num_rows, minlength=num_rows)
+        self._probe(table, rows, decoding, counts, float(best_rate), target_s)
         return counts
+
+    def _worth(self, table: RequestTable, rows: LongArray) -> tuple[NDArray[np.float64], LongArray]:
+        """Of each row's drafts float64 [k, R], falling; and the levels of so many drafts, int64 [k]."""
+        accepted, rejected = table.num_accepted[rows], table.num_rejected[rows]
+        if self._tree is not None:
+            weight = self.prior_accepted + self.prior_rejected
+            drafted = table.num_drafted[rows] / np.maximum(table.num_steps[rows], 1)
+            return self._tree.worth(accepted, rejected, drafted, weight), self._tree.levels
+        likely = accepted + self.prior_accepted
+        worth = np.empty((self.max_drafts, rows.size))
+        worth[:] = likely / (likely + rejected + self.prior_rejected)
+        return np.multiply.accumulate(worth, axis=0), np.arange(1, self.max_drafts + 1)
+
+    def _probe(
+        self,
+        table: RequestTable,
+        rows: LongArray,
+        decoding: LongArray,
+        counts: IntArray,
+        best_rate: float,
+        target_s: NDArray[np.float64],
+    ) -> None:
+        """Let rows draft one token whose estimates may be out of date, in place."""
+        idle = decoding[(counts[decoding] == 0) & (table.num_steps[rows[decoding]] % self.probe_every == 0)]
+        if idle.size == 0:
+            return
+        total = int(counts.sum())
+        added_s = target_s[min(total + 1, target_s.size - 1)] - target_s[total] + self.draft_row_s
+        added_s += 0.0 if total else self.draft_step_s
+        prior = self.prior_accepted / (self.prior_accepted + self.prior_rejected)
+        if self._tree is not None:
+            prior = self.rank_rates[0]
+        if prior > best_rate * added_s:
+            counts[idle] = 1
 
     def _interpolated(self, size: int) -> NDArray[np.float64]:
         """Seconds of the target's step at 0, 1, …, ``size`` - 1 tokens."""

@@ -12,7 +12,7 @@ from specdec import LLM, SamplingParams, step_times
 from specdec.rows import StepInput
 from specdec.scheduler import SchedulerConfig
 from specdec.scheduler.speculation import Goodput
-from specdec.step_times import measure_draft_step_s, measure_step_times, needs_times
+from specdec.step_times import measure_draft_times, measure_host_times, measure_step_times, needs_times
 from specdec.trace import TraceWriter, read_steps
 from tests.engine.test_lossless import MERGED, tiny_prompts
 
@@ -90,18 +90,18 @@ def test_real_passes_are_positive_and_monotone(tiny_llama_dir: Path):
 def counted(monkeypatch):
     """Counts what is measured, and makes it quick."""
     counts = {"steps": 0, "drafts": 0}
-    steps, drafts = step_times.measure_step_times, step_times.measure_draft_step_s
+    steps, drafts = step_times.measure_step_times, step_times.measure_draft_times
 
     def count_steps(*args):
         counts["steps"] += 1
         return steps(*args, budget_s=0.2)
 
-    def count_drafts(*args):
+    def count_drafts(*args, **options):
         counts["drafts"] += 1
-        return drafts(*args)
+        return drafts(*args, **options)
 
     monkeypatch.setattr(step_times, "measure_step_times", count_steps)
-    monkeypatch.setattr(step_times, "measure_draft_step_s", count_drafts)
+    monkeypatch.setattr(step_times, "measure_draft_times", count_drafts)
     return counts
 
 
@@ -134,17 +134,52 @@ def test_needs_times_is_for_goodput_without_any():
     assert not needs_times({"name": "fixed"}) and not needs_times({"name": "goodput", "step_s": [1.0]})
 
 
-def test_only_drafters_that_run_a_model_take_time(tiny_llama_dir: Path, tiny_draft_dir: Path):
+def test_drafters_that_run_a_model_take_time_by_step_and_others_by_row(
+    tiny_llama_dir: Path, tiny_draft_dir: Path
+):
     llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=4)
     model = {"name": "draft_model", "model": str(tiny_draft_dir)}
 
-    def seconds(drafter) -> float:
-        return measure_draft_step_s(llm.runner, llm.tokenizer, drafter, llm.engine.loop.config, 3)
+    def measure(drafter, **options) -> dict[str, float]:
+        limits = llm.engine.loop.config
+        return measure_draft_times(llm.runner, llm.tokenizer, drafter, limits, 3, **options)
 
-    for free in (None, "ngram", "recycling", {"name": "synthetic", "alpha": 0.5}, MERGED):
-        assert seconds(free) == 0.0
+    assert measure(None) == {"draft_step_s": 0.0, "draft_row_s": 0.0}
+    for free in ("ngram", "recycling", MERGED):
+        times = measure(free)
+        assert times["draft_step_s"] == 0.0 < times["draft_row_s"] < 1.0
     for drafter in ("layer_skip", model, {"name": "merged", "drafters": ["ngram", model]}):
-        assert 0.0 < seconds(drafter) < 1.0
+        times = measure(drafter)
+        assert times["draft_row_s"] == 0.0 < times["draft_step_s"] < 1.0
+
+
+def test_a_trees_time_is_shared_among_its_levels_if_the_controller_counts_them(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=4)
+    tree = {"name": "k_ary", "branching": [3, 1]}
+    drafter = {"name": "layer_skip", "tree": tree}
+    depths: list[int] = []
+    original = step_times._short_run
+
+    def known_seconds(*args):
+        outcomes = [outcome._replace(draft_s=1.0) for outcome in original(*args)]
+        depths.extend(int(outcome.draft_depths.max()) for outcome in outcomes)
+        return outcomes
+
+    monkeypatch.setattr(step_times, "_short_run", known_seconds)
+    limits = llm.engine.loop.config
+    by_level = measure_draft_times(llm.runner, llm.tokenizer, drafter, limits, 6, by_level=True)
+    by_token = measure_draft_times(llm.runner, llm.tokenizer, drafter, limits, 6)
+    assert set(depths) == {2}
+    assert by_level["draft_step_s"] == 1 / 2 and by_token["draft_step_s"] == 1 / 6
+
+
+def test_host_times_are_of_one_row_and_of_each_further_one(tiny_llama_dir: Path):
+    llm = LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, max_num_seqs=4)
+    times = measure_host_times(llm.runner, llm.tokenizer, llm.engine.loop.config)
+    assert times.max_rows == 4
+    assert 0.0 < times.overhead_s + times.overhead_row_s < 1.0 and times.overhead_row_s >= 0.0
 
 
 def test_wrong_options_are_refused_before_anything_is_overwritten(
@@ -191,6 +226,8 @@ def test_nothing_is_drafted_where_nothing_is_accepted_and_all_where_all_is(
         drafts[alpha] = steps.filter(steps["num_prefill_rows"] == 0)["num_drafts"].to_list()
     # Each rejection lowers a row's estimate, 2 / (3 + n); below a quarter a draft is worth less than it costs.
     assert max(drafts[0.0][0]) > 0
-    assert all(sum(row) == 0 for row in drafts[0.0][6:])
+    later = drafts[0.0][6:]
+    assert max(max(row) for row in later) <= 1, "more than a probe"
+    assert sum(map(sum, later)) <= len(later) * 3 / 16
     # Each acceptance raises it, until all six pay; the last token comes from the target.
     assert drafts[1.0][3:-1] == [[6, 6, 6]] * 3

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from specdec.scheduler import Request, RequestTable, SchedulerConfig, make_controller, make_policy
 from specdec.scheduler.speculation import fit_drafts
+from specdec.scheduler.tree_worth import TreeWorth
+from specdec.tree import best_expected_tokens
 from tests.scheduler.traffic import Driver, Job, Traffic
 
 REPEATABLE = settings(derandomize=True, deadline=None, database=None)
@@ -147,9 +149,98 @@ def test_goodput_ignores_rows_that_compute_their_prompt() -> None:
     assert lengths.tolist() == [2, 0]
 
 
+def test_goodput_counts_what_every_step_costs_anyway() -> None:
+    """The longer a step is without drafts, the more they are worth."""
+    lengths = []
+    for overhead_s in (0.0, 0.5, 5.0):
+        options = {"overhead_s": overhead_s / 2, "overhead_row_s": overhead_s / 4}
+        controller = make_controller("goodput", max_drafts=4, **PLATEAUS, **options)
+        lengths.append(int(controller.num_drafts(a_table([(3, 4)] * 2), np.arange(2), 0.0).sum()))
+    assert lengths[0] < lengths[-1] and lengths == sorted(lengths)
+
+
+def test_goodput_leaves_out_rows_that_are_not_worth_their_drafting() -> None:
+    table = a_table([(50, 2), (2, 20)])
+    for row_s, expected in ((0.0, [4, 1]), (0.2, [4, 0]), (9.0, [0, 0])):
+        controller = make_controller(
+            "goodput", max_drafts=4, step_tokens=(1, 64), step_s=(1.0, 1.01), draft_row_s=row_s
+        )
+        lengths = controller.num_drafts(table, table.active, 0.0)
+        assert (lengths > 0).tolist() == [count > 0 for count in expected], row_s
+
+
+def test_goodput_probes_rows_whose_estimate_fell_while_drafting_pays_for_others() -> None:
+    slope = {"step_tokens": (1, 2), "step_s": (1.0, 1.2)}
+    controller = make_controller("goodput", max_drafts=4, **slope, probe_every=8)
+    table = a_table([(0, 50)])
+    drafts = []
+    for step in range(1, 33):
+        table.num_steps[0] = step
+        drafts.append(int(controller.num_drafts(table, table.active, 0.0)[0]))
+    assert drafts == [int(step % 8 == 0) for step in range(1, 33)]
+    steep = {"step_tokens": (1, 2), "step_s": (1.0, 2.0)}
+    dear = make_controller("goodput", max_drafts=4, **steep, probe_every=1)
+    assert dear.num_drafts(table, table.active, 0.0).tolist() == [0], "nobody would draft here"
+
+
+@REPEATABLE
+@given(
+    st.lists(st.floats(0.02, 1.0), min_size=1, max_size=4),
+    st.floats(0.1, 1.0),
+    st.integers(1, 12),
+)
+def test_the_worth_of_a_trees_nodes_adds_up_to_the_best_trees(
+    weights: list[float], total: float, size: int
+) -> None:
+    rates = sorted((np.array(weights) / sum(weights) * total).tolist(), reverse=True)
+    worth = TreeWorth(rates, size)
+    best = best_expected_tokens(rates, size, size)
+    assert np.allclose(1.0 + np.cumsum(worth.products), best[1:], rtol=1e-12)
+    assert worth.levels.tolist() == [max(worth.depths[: n + 1].tolist()) for n in range(size)]
+    # With nothing known of a row, its nodes are worth what the rates say.
+    nothing = np.zeros(1, np.int32)
+    assert np.allclose(worth.worth(nothing, nothing, np.zeros(1), 3.0)[:, 0], worth.products)
+
+
+def test_a_row_that_does_better_than_the_rates_makes_its_nodes_worth_more() -> None:
+    rates, size = (0.4, 0.1), 6
+    tree = TreeWorth(rates, size)
+    records = np.array([[0, 40], [16, 24], [40, 0]], np.int32)  # levels accepted and rejected
+    worth = tree.worth(records[:, 0], records[:, 1], np.full(3, 1.0), 3.0)
+    assert (np.diff(worth, axis=0) <= 0).all() and (worth <= 1.0).all()
+    assert (np.diff(worth, axis=1) > 0).all()
+    # Trees of one node accept as the first rank does, so 16 of 40 is what the rates say.
+    assert np.allclose(worth[:, 1], tree.products)
+    # A larger tree accepts more of the same drafter, so the same record means less.
+    wide = tree.worth(records[:, 0], records[:, 1], np.full(3, 6.0), 3.0)
+    assert (wide <= worth).all() and wide[0, 1] < worth[0, 1]
+
+
+def test_goodput_drafts_more_nodes_where_ranks_are_known() -> None:
+    flat = {"step_tokens": (1, 64), "step_s": (1.0, 1.7)}
+    table = a_table([(6, 9)])
+    table.num_drafted[0] = 8
+    chain = make_controller("goodput", max_drafts=32, **flat)
+    tree = make_controller("goodput", max_drafts=32, **flat, rank_rates=(0.35, 0.15, 0.08, 0.05, 0.04))
+    lengths = [int(one.num_drafts(table, table.active, 0.0)[0]) for one in (chain, tree)]
+    assert 0 < lengths[0] < lengths[1] <= 32
+    with_passes = make_controller(
+        "goodput", max_drafts=32, **flat, rank_rates=(0.35, 0.15, 0.08, 0.05, 0.04), draft_step_s=0.2
+    )
+    assert int(with_passes.num_drafts(table, table.active, 0.0)[0]) < lengths[1]
+
+
+@pytest.mark.parametrize("rates", [(0.2, 0.3), (0.6, 0.5), (0.5, 0.0), (-0.1,)])
+def test_rank_rates_that_are_none(rates: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="rank_rates="):
+        make_controller("goodput", **PLATEAUS, rank_rates=rates)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({**PLATEAUS, "overhead_s": -1.0}, "overhead_s=-1.0"),
+        ({**PLATEAUS, "probe_every": 0}, "probe_every=0"),
         ({}, "goodput needs step times: step_tokens has 0 entries"),
         ({"step_tokens": (1, 2), "step_s": (1.0,)}, "step_s 1"),
         ({"step_tokens": (2, 1), "step_s": (1.0, 2.0)}, "must rise"),
