@@ -1,4 +1,4 @@
-# make quickstart | make test | make setup | make lint | make format | make clean
+# make quickstart | make test | make gpu-test | make kernel-budget | make setup | make lint | make format | make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.specdec-installed
 DEV_STAMP := $(VENV)/.specdec-dev-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup dev quickstart test lint format clean
+.PHONY: setup dev quickstart test gpu-test kernel-budget lint format clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,14 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+
+# On a machine with a GPU: the kernels and the engine compiled for it instead of interpreted.
+gpu-test: setup
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/triton tests/kernels/test_compile.py tests/engine -m gpu
+
+# What the kernels take on GPUs that need not be here; fails on spills and on too much shared memory.
+kernel-budget: setup
+	$(BIN)/python -W ignore -m specdec_kernels.aot --write kernels/BUDGET.md
 
 lint: dev
 	$(BIN)/ruff check .

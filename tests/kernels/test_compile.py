@@ -1,0 +1,81 @@
+"""Every specialisation of every kernel compiles for every architecture, without spills, within the chip's limits.
+
+Compiling needs a process that does not interpret, so each test starts one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from specdec_kernels import aot
+from specdec_kernels.tuning import ARCHITECTURES
+
+FOLDER = Path(aot.__file__).parent
+OPS = sorted(path.parent.name for path in FOLDER.glob("*/triton.py"))
+BUDGET = FOLDER.parent / "BUDGET.md"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows_of(page: str) -> dict[str, set[tuple[str, str]]]:
+    """Specialisations and architectures by op, as a page of the budget lists them."""
+    rows: dict[str, set[tuple[str, str]]] = {}
+    op = ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            op = line[3:]
+        elif found := re.match(r"\| (.+?) \| (sm_\d+|gfx\w+) \|", line):
+            rows.setdefault(op, set()).add((found[1], found[2]))
+    return rows
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_keeps_to_its_budget(op: str):
+    done = run("-m", "specdec_kernels.aot", "--ops", op, "--processes", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = rows_of(done.stdout)
+    assert {arch for _, arch in found[op]} >= {"sm_90", "sm_100", "sm_120"}
+    assert found[op] == rows_of(BUDGET.read_text("utf-8"))[op], "run `make kernel-budget`"
+
+
+BROKEN = """
+import dataclasses
+from specdec_kernels import aot
+from specdec_kernels.rms_norm.triton import compile_cases
+for change in (
+    dict(uses_matrix_units=True),
+    dict(needs_wide_loads=True, aligned=()),
+    dict(constants={"BLOCK": 1 << 13, "HAS_RESIDUAL": True}, num_warps=1),  # 256 elements a thread
+):
+    case = dataclasses.replace(compile_cases("ARCH")[-1], **change)
+    print(*aot.compile_case(case, "ARCH").problems)
+"""
+
+
+@pytest.mark.parametrize("arch", ("sm_90", "gfx942"))
+def test_a_kernel_that_breaks_its_promise_is_noticed(arch: str):
+    done = run("-c", BROKEN.replace("ARCH", arch))
+    assert done.returncode == 0, done.stderr[-2000:]
+    matrix, loads, spills = done.stdout.splitlines()
+    assert matrix == "no matrix instructions" and "no 128-bit loads" in loads
+    assert re.match(r"\d+ spills", spills)
+
+
+def test_what_is_asked_for_must_exist():
+    with pytest.raises(ValueError, match=r"ops \['nothing'\] do not exist"):
+        aot.op_modules(["nothing"])
+    assert set(aot.SHARED_BYTES) == set(ARCHITECTURES)
