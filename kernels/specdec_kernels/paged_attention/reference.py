@@ -43,6 +43,10 @@ def paged_attention(
     softcap: float | None = None,
     tree_mask: Tensor | None = None,
     positions: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attend from each token to its row's context and to the tokens before it in this step, or those of its mask.
 
@@ -51,8 +55,8 @@ def paged_attention(
 
     Args:
         q: [T, H * G, D].
-        k_cache, v_cache: [num_blocks, block_size, H, D].
-        query_start: int32 [R + 1].
+        k_cache, v_cache: [num_blocks, block_size, H, D], in the dtype of ``q``, or int8 or float8_e4m3fn with scales.
+        query_start: int32 [R + 1]; tokens of ``q`` beyond the last entry are padding, for which zeros are returned.
         context_lens: int32 [R].
         block_tables: int32 [R, max_blocks].
         scale: scores are multiplied by it.
@@ -60,6 +64,11 @@ def paged_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         tree_mask: int64 [T, 2], see ``tree_mask.py``; ``None`` means that all tokens are causal.
         positions: int64 [T], which a sliding window needs beside a tree mask: nodes share positions.
+        k_scale, v_scale: float32 [num_blocks, block_size, H], of quantised caches: a value is its code times the
+            scale of its token and head.
+        batch_invariant: ignored here, where the order of sums is torch's. A kernel computes a token from the same
+            keys with the same bits whatever else is in the batch, and whether as a prompt's token, a decode, one
+            of a chain or a node of a tree.
 
     Returns:
         [T, H * G, D].
@@ -79,7 +88,11 @@ def paged_attention(
             torch.arange(num_queries, device=q.device).expand(len(rows), -1).minimum(count_R[:, None] - 1)
         )
         token_RQ = query_start[row_index].long()[:, None] + offset_RQ
-        k, v = (_gather(cache, block_tables[row_index], num_keys) for cache in (k_cache, v_cache))
+        blocks = block_tables[row_index, : -(-num_keys // k_cache.shape[1])].long()
+        k, v = (
+            _gather(cache, scale, blocks, q.dtype)[:, :num_keys]
+            for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+        )
         index_RQ = context_R[:, None] + offset_RQ
         if sees_TM is None:
             mask = _visible(index_RQ, num_keys, sliding_window)
@@ -90,7 +103,7 @@ def paged_attention(
                 key_RS = _key_positions(positions, token_RQ[:, 0], context_R, count_R, num_keys)
                 mask &= key_RS[:, None] > positions[token_RQ][:, :, None] - sliding_window
         unused = torch.arange(num_keys, device=q.device) >= (context_R + count_R)[:, None]
-        k, v = (x.masked_fill(unused[:, :, None, None], 0).to(q.dtype) for x in (k, v))
+        k, v = (x.masked_fill(unused[:, :, None, None], 0) for x in (k, v))
         out[token_RQ] = _attend(q[token_RQ], k, v, mask, scale, softcap)
     return out
 
@@ -104,10 +117,13 @@ def _groups(counts: list[int], has_trees: bool) -> list[list[int]]:
     return [*filter(None, groups), *([row] for row, count in enumerate(counts) if count > limits[-1])]
 
 
-def _gather(cache: Tensor, block_tables: Tensor, num_keys: int) -> Tensor:
-    """The first ``num_keys`` slots of each row, [R, S, H, D]."""
-    num_blocks = -(-num_keys // cache.shape[1])
-    return cache[block_tables[:, :num_blocks].long()].flatten(1, 2)[:, :num_keys]
+def _gather(cache: Tensor, scale: Tensor | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """All slots of each row's blocks, [R, S, H, D] in ``dtype``."""
+    gathered = cache[blocks]
+    if scale is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        gathered = gathered.to(wide) * scale[blocks, :, :, None]
+    return gathered.flatten(1, 2).to(dtype)
 
 
 def _visible(position_RQ: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:
