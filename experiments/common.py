@@ -33,12 +33,17 @@ def build_llm(config: Config) -> LLM:
         config.model.name,
         dtype=config.model.dtype,
         backend=config.model.backend,
+        kv_dtype=config.model.kv_dtype,
+        batch_invariant=config.model.batch_invariant,
+        graphs=config.model.graphs,
         device=config.model.device,
         max_model_len=engine.max_model_len,
         num_blocks=engine.num_blocks,
         kv_memory_bytes=engine.kv_memory_mb * 2**20,
         block_size=engine.block_size,
         threads=engine.threads,
+        quantization=config.model.quantization,
+        group_size=config.model.group_size,
         max_num_seqs=engine.max_num_seqs,
     )
     return configure(llm, config)
@@ -69,7 +74,7 @@ def configure(
 
 def drafter_options(config: Config, name: str | None = None) -> dict[str, Any]:
     """Options of the drafter called ``name``: the configured ones if it is the configured drafter."""
-    own = {key: value for key, value in asdict(config.drafter).items() if value is not None}
+    own = {key: value for key, value in asdict(config.drafter).items() if value is not None and value != {}}
     return own if name in (None, own["name"]) else {"name": name}
 
 

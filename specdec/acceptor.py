@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from specdec_kernels.ops import TORCH, Ops
 from torch import Tensor
 
+from specdec.device_verifier import DeviceVerifier
 from specdec.drafter.base import Draft
 from specdec.names import unknown_name
 from specdec.output import TokenLogprobs
@@ -54,14 +56,16 @@ class Acceptor:
     Args:
         rule: how sampled rows verify, one of ``RULES``; greedy rows always take the argmax.
         state: sampling parameters and known tokens by row.
+        ops: the runner's; those that verify do so where the logits are.
     """
 
-    def __init__(self, rule: str, state: RowState) -> None:
+    def __init__(self, rule: str, state: RowState, ops: Ops = TORCH) -> None:
         if rule not in RULES:
             raise unknown_name("verification rule", rule, RULES)
         self.rule = rule
         self._chain_rule, self._tree_rule = RULES[rule]
         self._state = state
+        self._device = DeviceVerifier(ops, state, *RULES[rule]) if ops.verify else None
 
     def select(self, plan: StepPlan, draft: Draft, logits: Tensor) -> Selection:
         """Verify ``draft`` with ``logits`` float32 [N, V], the N = sum(num_drafted + 1) rows of emitting rows.
@@ -81,17 +85,36 @@ class Acceptor:
             return chosen
         counts = draft.num_drafted[emitting] + 1
         chosen.logit_start[emitting] = np.cumsum(counts) - counts
-        self._check_finite(plan, emitting, counts, logits)
+        if self._device is None:
+            self._check_finite(plan, emitting, counts, logits)
         penalised = self._penalise(plan, draft, emitting, chosen.logit_start, logits)
         greedy = self._state.temperature[plan.rows[emitting]] == 0
         next_token = np.zeros(size, np.int64)
         for mask, decide in ((greedy, self._verify_greedy), (~greedy, self._verify_sampled)):
             if mask.any():
-                next_token[emitting[mask]] = decide(plan, draft, emitting[mask], penalised, chosen)
+                some = emitting[mask]
+                if self._device:
+                    next_token[some] = self._verify_on_device(plan, draft, some, penalised, chosen)
+                else:
+                    next_token[some] = decide(plan, draft, some, penalised, chosen)
         chosen.emitted[:, :width] = np.take_along_axis(draft.tokens, chosen.path, axis=1)
         chosen.emitted[emitting, chosen.num_accepted[emitting]] = next_token[emitting]
         self._log_probs(plan, draft, emitting, logits, chosen)
         return chosen
+
+    def _verify_on_device(
+        self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
+    ) -> LongArray:
+        """:meth:`_verify_greedy` or :meth:`_verify_sampled`, by what the rows ``some`` are."""
+        assert self._device is not None
+        if self._state.temperature[plan.rows[some[0]]] == 0:
+            outcome = self._device.greedy(draft, some, chosen.logit_start, logits)
+        else:
+            outcome = self._device.sampled(plan, draft, some, chosen.logit_start, logits)
+        chosen.path[some], chosen.num_accepted[some], next_token = outcome
+        if (next_token < 0).any():
+            raise _unusable(plan, some[next_token < 0])
+        return next_token
 
     def _verify_greedy(
         self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
@@ -159,11 +182,7 @@ class Acceptor:
     ) -> None:
         bad = find_nan_rows(logits)
         if len(bad):
-            ids = np.unique(np.repeat(plan.request_ids[emitting], counts)[np.asarray(bad)])
-            raise ValueError(
-                f"the model produced NaN logits for request {', '.join(map(str, ids))} in step {plan.step}: check "
-                "the weights, or try dtype='float32'"
-            )
+            raise _unusable(plan, np.unique(np.repeat(emitting, counts)[np.asarray(bad)]))
 
     def _penalise(
         self, plan: StepPlan, draft: Draft, emitting: LongArray, logit_start: LongArray, logits: Tensor
@@ -210,6 +229,14 @@ class Acceptor:
                     tokens.tolist(), *(part.tolist() for part in values), strict=True
                 )
             ]
+
+
+def _unusable(plan: StepPlan, some: LongArray) -> ValueError:
+    ids = ", ".join(map(str, plan.request_ids[some].tolist()))
+    return ValueError(
+        f"the model produced NaN logits for request {ids} in step {plan.step}: check the weights, or try "
+        "dtype='float32'"
+    )
 
 
 def _positions(draft: Draft, some: LongArray, logit_start: LongArray) -> LongArray:

@@ -11,6 +11,11 @@ from omegaconf import MISSING
 
 from specdec.names import unknown_name
 
+# Names that the code's tables hold too; a test holds them equal.
+QUANTIZATIONS = ("int4", "int8")
+GROUP_SIZES = (32, 64, 128)
+PRUNERS = ("magnitude", "semi_structured", "layers")
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -35,14 +40,36 @@ def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
         raise unknown_name(key, value, known)
 
 
+def check_quantization(group: str, quantization: str | None, group_size: int | None) -> None:
+    if quantization is not None:
+        check_choice(f"{group}.quantization", quantization, QUANTIZATIONS)
+    if group_size is not None:
+        require(
+            quantization is not None,
+            f"{group}.group_size={group_size} is for quantisation only: add {group}.quantization=int4, or leave it out",
+        )
+        require(
+            group_size in GROUP_SIZES,
+            f"{group}.group_size={group_size} must be one of {', '.join(map(str, GROUP_SIZES))}",
+        )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """name: short name, hub id, directory or GGUF file. dtype, backend, device: see ``specdec.LLM``."""
+    """name: short name, hub id, directory or GGUF file. The others: see ``specdec.LLM``."""
 
     name: str = "smollm2-135m"
     dtype: str = "bfloat16"
     backend: str = "auto"
+    kv_dtype: str | None = None
+    batch_invariant: bool = False
+    graphs: str = "auto"
     device: str | None = None
+    quantization: str | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_quantization("model", self.quantization, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -100,22 +127,32 @@ class MergedConfig:
 
 @dataclass(frozen=True)
 class LayerSkipConfig:
-    """tree: chains if null, else what ``specdec.tree.make_tree`` takes: {name: k_ary, branching: [4, 2, 1]}."""
+    """tree: chains if empty, else what ``specdec.tree.make_tree`` takes: {name: k_ary, branching: [4, 2, 1]}."""
 
     name: str = "layer_skip"
     num_skip: int | None = None
     skip_layers: list[int] | None = None
-    tree: dict[str, Any] | None = None
+    tree: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DraftModelConfig:
-    """tree: as for layer_skip."""
+    """tree: as for layer_skip. quantization, group_size, pruning: draft with such a copy of the model; see
+    ``specdec.drafter.draft_model.DraftModelDrafter``. pruning: {name: layers, num_drop: 5}, {name: magnitude,
+    sparsity: 0.5} or {name: semi_structured}."""
 
     name: str = "draft_model"
     model: str = "smollm2-135m"
     backend: str = "auto"
-    tree: dict[str, Any] | None = None
+    tree: dict[str, Any] = field(default_factory=dict)
+    quantization: str | None = None
+    group_size: int | None = None
+    pruning: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_quantization("drafter", self.quantization, self.group_size)
+        if self.pruning:
+            check_choice("drafter.pruning.name", str(self.pruning.get("name")), PRUNERS)
 
 
 @dataclass(frozen=True)
@@ -332,6 +369,7 @@ class HardwareConfig:
     price_per_hour_usd: float | None = None
     price_source: str | None = None
     price_date: str | None = None
+    timings: str = "auto"
 
 
 @dataclass(frozen=True)

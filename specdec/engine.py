@@ -81,7 +81,7 @@ class Engine:
         )
         self.max_drafts = loop.speculation.max_drafts if drafter else 0
         self.state = RowState(config.max_num_seqs, config.max_model_len, self.max_drafts)
-        self.acceptor = Acceptor(rule, self.state)
+        self.acceptor = Acceptor(rule, self.state, runner.ops)
         self.trace: TraceWriter | None = None
         self._jobs: dict[int, Job] = {}
         self._watched: dict[int, Job] = {}

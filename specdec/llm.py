@@ -16,11 +16,12 @@ from torch import Tensor
 from specdec.drafter import make_drafter
 from specdec.drafter.synthetic import SyntheticDrafter
 from specdec.engine import Engine
+from specdec.model.quantize import check_quantization, quantized
 from specdec.model.weights import LoadedModel, load_model
 from specdec.names import unknown_name
 from specdec.output import OnToken, RequestOutput
 from specdec.rows import RowState, StepInput
-from specdec.runner import choose_backend, kv_bytes_per_block, make_runner
+from specdec.runner import RunnerOptions, choose_backend, kv_bytes_per_block, make_runner
 from specdec.scheduler import SamplingParams, SchedulerConfig, StepLoop, make_controller, make_policy
 from specdec.scheduler.plan import IntArray
 from specdec.scheduler.speculation import Off
@@ -40,7 +41,11 @@ class LLM:
             model that is loaded already.
         drafter: see :meth:`configure`, which takes the remaining options too.
         dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``.
-        backend: ``"auto"``, ``"eager"`` or ``"native"`` (see ``specdec.runner``).
+        backend: ``"auto"``, ``"eager"``, ``"native"`` or ``"triton"`` (see ``specdec.runner``).
+        kv_dtype: ``"int8"`` or ``"fp8"`` for a quantised KV cache; default the model's own.
+        batch_invariant: a token's logits do not depend, to the bit, on what else is in its step, so that greedy
+            speculative decoding in bfloat16 equals plain decoding. The native backend always is so, triton if asked.
+        graphs: ``"off"`` runs triton's steps without CUDA graphs.
         device: a torch device; default CUDA if there is one, else the CPU.
         max_model_len: most tokens of a request, prompt included; default the model's limit, at most 4096.
         num_blocks: KV blocks; default what ``kv_memory_bytes`` holds.
@@ -48,6 +53,10 @@ class LLM:
             ``max_num_seqs`` requests of full length can use.
         block_size: tokens per KV block.
         threads: CPU threads; default torch's.
+        quantization: ``"int4"`` or ``"int8"`` rounds the linear layers' weights to so many bits (see
+            ``specdec.model.quantize``): output is that of the quantised model, speed and memory are not. Lossless then
+            means equal to its plain decoding.
+        group_size: weights that share a scale, 32, 64 or 128; default 32.
 
     Raises:
         ValueError: an option that does not exist or does not fit, named with its value and the remedy.
@@ -60,12 +69,17 @@ class LLM:
         *,
         dtype: str = "bfloat16",
         backend: str = "auto",
+        kv_dtype: str | None = None,
+        batch_invariant: bool = False,
+        graphs: str = "auto",
         device: str | None = None,
         max_model_len: int | None = None,
         num_blocks: int | None = None,
         kv_memory_bytes: int = 512 * 2**20,
         block_size: int = 16,
         threads: int | None = None,
+        quantization: str | None = None,
+        group_size: int | None = None,
         **options: Any,
     ) -> None:
         if dtype not in DTYPES:
@@ -79,10 +93,15 @@ class LLM:
             if name not in known:
                 raise unknown_name("option", name, [*known, *signature(LLM).parameters])
         make_drafter(drafter)  # a wrong drafter fails before the model is loaded
+        check_quantization(quantization, group_size)
+        how = RunnerOptions(
+            backend=backend, kv_dtype=kv_dtype, batch_invariant=batch_invariant, graphs=graphs
+        )
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = load_model(model, dtype=DTYPES[dtype]) if isinstance(model, str) else model
+        loaded = quantized(loaded, quantization, group_size)
         config = loaded.config
-        backend = choose_backend(backend, config, DTYPES[dtype], place)
+        how = choose_backend(how, config, DTYPES[dtype], place)
         self.max_model_len = min(config.max_model_len, 4096) if max_model_len is None else max_model_len
         if self.max_model_len > config.max_model_len:
             raise ValueError(
@@ -91,11 +110,13 @@ class LLM:
         self.block_size = block_size
         if num_blocks is None:
             most: int = options.get("max_num_seqs", 64) * -(-self.max_model_len // block_size)
-            block_bytes = kv_bytes_per_block(backend, config, DTYPES[dtype], block_size)
+            block_bytes = kv_bytes_per_block(how, config, DTYPES[dtype], block_size)
             num_blocks = min(most, kv_memory_bytes // block_bytes)
         self.num_blocks = num_blocks
         self.tokenizer = loaded.tokenizer
-        self.runner = make_runner(loaded, backend, DTYPES[dtype], self.num_blocks, block_size, place)
+        most_rows = max(options.get("max_num_seqs", 64), 1)
+        how = replace(how, max_rows=most_rows, max_model_len=self.max_model_len)
+        self.runner = make_runner(loaded, how, DTYPES[dtype], self.num_blocks, block_size, place)
         self.device_times = DeviceTimes(self.runner, self.tokenizer)
         self._references: dict[tuple[bytes, SamplingParams], IntArray] = {}
         self.configure(drafter, **options)

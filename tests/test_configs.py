@@ -82,6 +82,7 @@ def test_files_and_schemas_name_the_same_groups():
 def test_choices_are_those_of_the_code():
     from specdec.acceptor import RULES
     from specdec.drafter import DRAFTERS
+    from specdec.graphs import GRAPH_MODES
     from specdec.llm import DTYPES
     from specdec.runner import BACKENDS
     from specdec.scheduler.policy import ORDERS, POLICIES
@@ -90,6 +91,7 @@ def test_choices_are_those_of_the_code():
 
     assert set(CHOICES["model.dtype"]) == set(DTYPES)
     assert set(CHOICES["model.backend"]) == set(BACKENDS)
+    assert set(CHOICES["model.graphs"]) == set(GRAPH_MODES)
     assert set(CHOICES["verify.rule"]) == set(RULES)
     assert set(CHOICES["policy.order"]) == set(ORDERS)
     assert set(SERVE_ARRIVALS) == set(PROCESSES)

@@ -1,5 +1,7 @@
 """A smaller model of the same vocabulary drafts, with its own paged KV cache in the target's blocks.
 
+It may be a quantised or pruned copy of another model, the target's own included.
+
 Block numbers come from the target's block table, so the scheduler accounts for both caches at once and a
 prefix hit serves both. The draft cache may lag behind the target's (after full acceptance the last draft
 token was never fed; with speculation off nothing is): every proposal first feeds what is missing.
@@ -8,6 +10,7 @@ token was never fed; with speculation off nothing is): every proposal first feed
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from specdec.drafter.autoregressive import AutoregressiveDrafter
 from specdec.drafter.base import Draft, DraftHost, Verified
+from specdec.model.prune import pruner
+from specdec.model.quantize import check_quantization, quantized
 from specdec.model.weights import LoadedModel, check_same_vocabulary, load_model
 from specdec.rows import StepInput
 from specdec.runner import make_runner
@@ -25,8 +30,16 @@ from specdec.tree import Tree
 class DraftModelDrafter(AutoregressiveDrafter):
     """Args:
     model: name, path or loaded model, as for the target.
-    backend: "auto" (the target's), "eager" or "native".
+    backend: "auto" (the target's), "eager", "native" or "triton".
     tree: what to draft; see ``AutoregressiveDrafter``.
+    quantization: "int4" or "int8" drafts with a copy whose linear layers are quantised; see
+        ``specdec.model.quantize``: it is accepted as such a model is, though not as fast.
+    group_size: of the quantisation.
+    pruning: drafts with a pruned copy, as ``specdec.model.prune.prune_model`` takes it, e.g. {"name": "layers",
+        "num_drop": 5}. Pruning comes before quantisation.
+
+    Raises:
+        ValueError: an option that does not exist or does not fit.
     """
 
     name = "draft_model"
@@ -36,8 +49,14 @@ class DraftModelDrafter(AutoregressiveDrafter):
         model: str | LoadedModel,
         backend: str = "auto",
         tree: str | Mapping[str, Any] | None = None,
+        quantization: str | None = None,
+        group_size: int | None = None,
+        pruning: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tree)
+        check_quantization(quantization, group_size)
+        self.quantization, self.group_size = quantization, group_size
+        self._prune = None if pruning is None else pruner(pruning)
         self.model = model
         self.backend = backend
 
@@ -46,9 +65,21 @@ class DraftModelDrafter(AutoregressiveDrafter):
         target = host.target
         loaded = load_model(self.model, dtype=target.dtype) if isinstance(self.model, str) else self.model
         check_same_vocabulary(target.model, loaded)
-        backend = target.backend if self.backend == "auto" else self.backend
+        if self._prune is not None:
+            loaded = self._prune(loaded)
+        loaded = quantized(loaded, self.quantization, self.group_size)
+        options = target.options
+        if self.backend != "auto":
+            is_eager = (
+                self.backend == "eager"
+            )  # which is never invariant, and need not be: drafts are verified
+            options = replace(
+                options,
+                backend=self.backend,
+                batch_invariant=options.batch_invariant and not is_eager,
+            )
         self._runner = make_runner(
-            loaded, backend, target.dtype, host.num_blocks, host.block_size, target.device
+            loaded, options, target.dtype, host.num_blocks, host.block_size, target.device
         )
         self._computed = np.zeros(host.table.max_rows, np.int32)
         self._owner = np.full(host.table.max_rows, -1, np.int64)

@@ -1,7 +1,7 @@
 """One decoder for every supported family: embedding, attention and MLP blocks, head.
 
-Plain torch over the ops of ``specdec_kernels``; runs in any floating dtype on any device. Weight names are
-those of ``specdec.model.names``. Legend: T tokens, D head dimension, N tokens whose logits are wanted.
+Written over the ops of ``specdec_kernels``, torch's or Triton's; runs in any floating dtype on any device. Weight names
+are those of ``specdec.model.names``. Legend: T tokens, D head dimension, N tokens whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from specdec_kernels.paged_attention import paged_attention, store_kv
-from specdec_kernels.rms_norm import rms_norm
-from specdec_kernels.rope import rope
-from specdec_kernels.silu_mul import gelu_mul, silu_mul
+from specdec_kernels.ops import TORCH, Ops
 from torch import Tensor
 
 from specdec.model.batch import Captured, ForwardBatch
@@ -23,10 +20,12 @@ from specdec.model.config import ModelConfig
 
 
 class PagedCache(Protocol):
-    """Keys and values per layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """Keys and values per layer, each [num_blocks, block_size, num_kv_heads, head_dim]; their scales if quantised."""
 
     k: list[Tensor]
     v: list[Tensor]
+    k_scale: list[Tensor] | list[None]
+    v_scale: list[Tensor] | list[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ class Decoder:
         weights: tensors by the names of ``specdec.model.names.expected_shapes``; fused ones are copied.
         dtype: of weights and activations. Norms, rotations, softmax and logits are computed in float32.
         device: where it runs.
+        ops: what it is made of.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class Decoder:
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device | str,
+        ops: Ops = TORCH,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self._activate = {"silu": silu_mul, "gelu_tanh": gelu_mul}[config.activation]
+        self.config, self.dtype, self.device, self._ops = config, dtype, torch.device(device), ops
+        self._activate = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}[config.activation]
 
         def get(name: str) -> Tensor | None:
             return weights[name].to(self.device, dtype) if name in weights else None
@@ -133,39 +134,57 @@ class Decoder:
         assert places.keys() <= set(chosen), (
             f"layers {list(places)} are not all among those run, {list(chosen)}"
         )
+        mixed: Tensor | None = None  # what the layer before adds to the residual stream
         for index in chosen:
             layer = self._layers[index]
-            attended = self._attention(layer, batch, self._norm(hidden, layer.attn_norm), kv_cache, index)
+            x, hidden = self._add_norm(hidden, mixed, layer.attn_norm)
+            attended = self._attention(layer, batch, x, kv_cache, index)
             if layer.post_attn_norm is not None:
                 attended = self._norm(attended, layer.post_attn_norm)
-            hidden = hidden + attended
-            gate_up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up)
-            mixed = F.linear(self._activate(gate_up), layer.down)
-            if layer.post_mlp_norm is not None:
-                mixed = self._norm(mixed, layer.post_mlp_norm)
-            hidden = hidden + mixed
+            x, hidden = self._add_norm(hidden, attended, layer.mlp_norm)
+            out: Tensor = self._ops.linear(self._activate(self._ops.linear(x, layer.gate_up)), layer.down)
+            mixed = out if layer.post_mlp_norm is None else self._norm(out, layer.post_mlp_norm)
             if captured is not None and index in places:
-                captured.hidden[places[index]] = hidden
-        return hidden
+                captured.hidden[places[index]] = hidden + mixed
+        return hidden if mixed is None else hidden + mixed
+
+    def _add_norm(self, hidden: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed sum, and the sum."""
+        if added is None:
+            return self._norm(hidden, weight), hidden
+        normed, total = self._ops.rms_norm(
+            hidden, weight, self.config.norm_eps, self.config.norm_offset, added
+        )
+        return normed, total
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        normed = rms_norm(x, weight, self.config.norm_eps, self.config.norm_offset)
-        assert isinstance(normed, Tensor)
-        return normed
+        return self._ops.rms_norm(x, weight, self.config.norm_eps, self.config.norm_offset)
 
     def _attention(
         self, layer: Layer, batch: ForwardBatch, x: Tensor, kv_cache: PagedCache, index: int
     ) -> Tensor:
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (sum(heads), config.head_dim))
+        qkv = self._ops.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (sum(heads), config.head_dim))
         q, k, v = qkv.split(heads, dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        q, k = rope(q, k, batch.positions, layer.inv_freq)
         k_cache, v_cache = kv_cache.k[index], kv_cache.v[index]
-        store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        out = paged_attention(
+        scales = {"k_scale": kv_cache.k_scale[index], "v_scale": kv_cache.v_scale[index]}
+        q = self._ops.rope_store_kv(
+            q,
+            k,
+            v,
+            batch.positions,
+            layer.inv_freq,
+            k_cache,
+            v_cache,
+            batch.slot_mapping,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+            **scales,
+        )
+        out = self._ops.paged_attention(
             q,
             k_cache,
             v_cache,
@@ -176,11 +195,12 @@ class Decoder:
             layer.sliding_window,
             tree_mask=batch.tree_mask,
             positions=batch.positions,
+            **scales,
         )
-        return F.linear(out.flatten(1), layer.o, layer.o_bias)
+        return self._ops.linear(out.flatten(1), layer.o, layer.o_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and softcap: [N, hidden_size] to float32 [N, vocab_size]."""
-        logits = F.linear(self._norm(hidden, self._final_norm), self._head).float()
+        logits = self._ops.linear(self._norm(hidden, self._final_norm), self._head).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
