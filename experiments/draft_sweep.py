@@ -6,7 +6,8 @@ something was spent outside the steps, or positions do not tell the whole story.
 
 python -m specdec.run +experiment=draft_sweep
 python -m specdec.run +experiment=draft_sweep experiment.only=[suffix,recycling] experiment.num_drafts=[8,32]
-python -m specdec.run +experiment=draft_sweep '+experiment.drafters.student={name: draft_model, model: path/to/student}'
+python -m specdec.run +experiment=draft_sweep 'experiment.only=[student,int4]' \\
+    'experiment.drafters.student={name: draft_model, model: path/to/student}'
 """
 
 from __future__ import annotations

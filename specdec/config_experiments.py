@@ -35,7 +35,7 @@ ROUTERS = (
     "prefix_affinity",
     "central_queue",
 )
-HARDWARE = ("a100", "b200", "h100", "h200", "l40s", "rtx_4090", "tpu_v5e", "tpu_v6e")
+HARDWARE = ("a100", "b200", "h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "tpu_v5e", "tpu_v6e")
 MODEL_SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b", "qwen3-32b", "llama-3.1-70b")
 SIM_CASES = ("azure_fixed", "goodput_prefix", "linear", "simpy_timeouts")
 SIM_DTYPES = ("bfloat16", "float16", "fp8", "int8")
