@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.triton import runtime
+from tests.kernels.triton import runtime, sanitizer
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +29,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def checked_addresses(request: pytest.FixtureRequest):
+    """Whatever a kernel reads or writes must be its own; broken copies are to be noticed by their values."""
+    if runtime.IS_INTERPRETED and "broken" not in request.node.name:
+        with sanitizer.checked():
+            yield
+    else:
+        yield
