@@ -67,6 +67,7 @@ def configure(
         "watermark": engine.watermark,
         "num_swap_blocks": engine.num_swap_blocks,
         "num_scheduler_steps": engine.num_scheduler_steps,
+        "overlap": engine.overlap,
         "seed": config.seed,
     }
     return llm.configure(drafter, **{**chosen, **options})

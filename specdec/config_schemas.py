@@ -407,7 +407,7 @@ class SamplingConfig:
 class EngineConfig:
     """Limits of the engine; see ``specdec.LLM``. threads: of the CPU, null for torch's choice. num_swap_blocks: KV
     blocks in host memory for preempted requests; 0 computes them again. num_scheduler_steps: requests join a
-    running batch at every so-manyth step only."""
+    running batch at every so-manyth step only. overlap: see ``specdec.LLM.configure``."""
 
     max_num_seqs: int = 16
     max_num_batched_tokens: int | None = None
@@ -419,6 +419,7 @@ class EngineConfig:
     watermark: float = 0.01
     num_swap_blocks: int = 0
     num_scheduler_steps: int = 1
+    overlap: bool = False
     threads: int | None = None
 
 

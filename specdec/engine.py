@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -59,6 +60,8 @@ class Engine:
         rule: verification rule for sampled rows, "token" or "block"; of trees "recursive" or "traversal", which are
             the same rules there. Trees of deterministic drafts are verified one-hot.
         seed: from which requests without a seed derive theirs.
+        overlap: what only readers of a step's results wait for (streamed text, traces, finished outputs) is done while
+            the device computes the next step. What is drafted and scheduled next hangs on the results and cannot wait.
         clock: seconds since an arbitrary start; replaced at the start of each :meth:`run`.
     """
 
@@ -70,6 +73,7 @@ class Engine:
         drafter: Drafter | None = None,
         rule: str = "token",
         seed: int = 0,
+        overlap: bool = False,
     ) -> None:
         config = loop.config
         self.runner, self.tokenizer, self.loop, self.drafter, self.seed = (
@@ -88,6 +92,8 @@ class Engine:
         self._swapped: dict[int, list[Tensor]] = {}
         self._arrivals: list[tuple[float, int]] = []
         self._next_id = 0
+        self._overlap = overlap
+        self._later: list[Callable[[], None]] = []
         self._start_s = time.perf_counter()
         self._carried_s = 0.0
         self._eos = np.array(sorted(tokenizer.eos_token_ids), np.int64)
@@ -168,14 +174,36 @@ class Engine:
         while self._arrivals or self.loop.has_work:
             plan, finished = self.step(self.clock())
             for job in finished:
-                outputs.append(self._output(job))
-                if on_finish:
-                    on_finish(outputs[-1])
+                self._defer(partial(self._hand_over, job, outputs, on_finish))
             if plan.is_empty:
+                self._catch_up()
                 wake_s = min(self._arrivals[0][0] if self._arrivals else math.inf, plan.wake_s)
                 assert wake_s < math.inf, "the scheduler is idle with requests waiting"
                 time.sleep(max(0.0, wake_s - self.clock()))
+        self._catch_up()
         return sorted(outputs, key=lambda output: output.request_id)
+
+    def _hand_over(
+        self,
+        job: Job,
+        outputs: list[RequestOutput],
+        on_finish: Callable[[RequestOutput], None] | None,
+    ) -> None:
+        outputs.append(self._output(job))
+        if on_finish:
+            on_finish(outputs[-1])
+
+    def _defer(self, work: Callable[[], None]) -> None:
+        """Do ``work`` now or, with ``overlap``, beside the next step's pass."""
+        if self._overlap:
+            self._later.append(work)
+        else:
+            work()
+
+    def _catch_up(self) -> None:
+        work, self._later = self._later, []
+        for one in work:
+            one()
 
     def step(self, now_s: float) -> tuple[StepPlan, list[Job]]:
         """One step: the plan that was executed (perhaps empty) and the jobs that finished in it."""
@@ -189,6 +217,7 @@ class Engine:
         drafted_s = self.clock()
         batch, depths = self._input(plan, draft)
         logits, captured = self._forward(batch)
+        self._catch_up()  # a GPU has only been asked to begin
         verified_s = self.clock()
         selection = self.acceptor.select(plan, draft, logits)
         if draft.parents is not None:
@@ -218,9 +247,8 @@ class Engine:
         jobs = self._commit(plan, outcome)
         if self.trace:
             loop = self.loop
-            self.trace.step(
-                plan, outcome, now_s, self.clock(), loop.num_running, loop.num_waiting, loop.pool.num_free
-            )
+            counts = loop.num_running, loop.num_waiting, loop.pool.num_free
+            self._defer(partial(self.trace.step, plan, outcome, now_s, self.clock(), *counts))
         self._carried_s = self.clock() - decided_s
         return plan, jobs
 
@@ -384,7 +412,8 @@ class Engine:
             if is_last and job.stream is not None:
                 job.stream.finish(stopped_by_text=job.stopped_by_text)
             if job.on_token and count:
-                self._publish(job, self.state.known(job.row)[-count:].tolist(), is_last)
+                tokens = self.state.known(job.row)[-count:].tolist()
+                self._defer(partial(self._publish, job, tokens, is_last))
         self.loop.commit(plan, outcome, self.clock())
         for job in finished:
             self._leave(job)
@@ -392,7 +421,8 @@ class Engine:
             if self.trace:
                 positions = job.position_drafted.tolist(), job.position_accepted.tolist()
                 size = self.loop.config.block_size
-                self.trace.request(RequestRecord.of(job.request, size, job.finish_reason, *positions))
+                record = RequestRecord.of(job.request, size, job.finish_reason, *positions)
+                self._defer(partial(self.trace.request, record))
         return finished
 
     def _publish(self, job: Job, tokens: list[int], is_last: bool) -> None:
@@ -432,6 +462,7 @@ class Engine:
         for request_id in list(self._jobs):
             self.loop.cancel(request_id)
         self._jobs.clear()
+        self._later.clear()
         self._watched.clear()
         self._swapped.clear()
         self._arrivals.clear()

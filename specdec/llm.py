@@ -137,6 +137,7 @@ class LLM:
         ageing_s: float = math.inf,
         num_swap_blocks: int = 0,
         num_scheduler_steps: int = 1,
+        overlap: bool = False,
         seed: int = 0,
     ) -> LLM:
         """Choose drafter and scheduler anew, keeping the loaded model; returns self.
@@ -162,6 +163,7 @@ class LLM:
             ageing_s: under the order ``"priority"``, waiting so long raises a request's priority by one.
             num_swap_blocks: KV blocks in host memory for preempted requests; 0 computes them again.
             num_scheduler_steps: requests join a running batch at every so-manyth step only.
+            overlap: stream, trace and hand over a step's results while the device computes the next step; for GPUs.
             seed: noise of requests that bring no seed of their own.
 
         Raises:
@@ -191,7 +193,7 @@ class LLM:
             num_scheduler_steps=num_scheduler_steps,
         )
         loop = StepLoop(scheduler, the_policy, controller)
-        self.engine = Engine(self.runner, self.tokenizer, loop, the_drafter, rule, seed)
+        self.engine = Engine(self.runner, self.tokenizer, loop, the_drafter, rule, seed, overlap)
         if measures:
             # Only now: it overwrites KV blocks, and the options are known to be right.
             loop.speculation = make_controller(**self.device_times.filled(control, drafter, scheduler))
