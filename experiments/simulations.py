@@ -19,11 +19,11 @@ from sim.cluster_spec import (
     PoolSpec,
     ReplicaSpec,
 )
-from sim.cost_model import CostModel, StepFeatures, roofline_cost_model
-from sim.hardware import Hardware, free_bytes, hardware_from_mapping, kv_blocks, load_hardware
+from sim.cost_model import CostModel, StepFeatures
+from sim.hardware import Hardware, hardware_from_mapping, kv_blocks, load_hardware
 from sim.model_shape import MODEL_SHAPES, ModelShape
+from sim.profiles.chips import chip_cost_model, draft_cost_model
 from sim.remote_draft import RemoteDraft
-from sim.roofline import Efficiencies, roofline_operators
 from specdec.metrics import Slo
 from specdec.scheduler import SchedulerConfig, make_policy
 
@@ -144,14 +144,14 @@ class _Replicas:
     ) -> ReplicaSpec:
         options = self.config.experiment
         near, far = (draft, None) if self.draft_chip is None else (None, draft if speculates else None)
-        cost_model = roofline_cost_model(
+        cost_model = chip_cost_model(
             self.chip, target, tensor_parallel=tensor_parallel, draft=near, dtype=options.dtype
         )
-        draft_cost_model = self._draft_cost_model(far) if far else None
+        own = self._draft_cost_model(far) if far else None
         round_trip_s = options.draft_round_trip_s if far else 0.0
         controller = self.controller if speculates else OFF
         if controller["name"] == "goodput":
-            drafter = RemoteDraft(cost_model, draft_cost_model, round_trip_s) if draft_cost_model else None
+            drafter = RemoteDraft(cost_model, own, round_trip_s) if own else None
             controller = with_step_times(controller, cost_model, drafter)
         block_bytes = target.kv_bytes_per_token * options.block_size / tensor_parallel
         return ReplicaSpec(
@@ -161,7 +161,7 @@ class _Replicas:
             speculation=controller,
             acceptance=asdict(self.config.acceptance),
             swap_block_s=block_bytes / options.host_link_bytes_per_s if options.num_swap_blocks else 0.0,
-            draft_cost_model=draft_cost_model,
+            draft_cost_model=own,
             draft_round_trip_s=round_trip_s,
             tensor_parallel=tensor_parallel,
             chips=tensor_parallel + 1 if far else None,
@@ -170,16 +170,7 @@ class _Replicas:
     def _draft_cost_model(self, draft: ModelShape) -> CostModel:
         """Of the draft model on its own chip."""
         assert self.draft_chip is not None
-        free_bytes(self.draft_chip, draft)
-        operators = roofline_operators(
-            self.draft_chip,
-            draft,
-            tensor_parallel=1,
-            draft=draft,
-            dtype=self.config.experiment.dtype,
-            efficiencies=Efficiencies(),
-        )
-        return CostModel(operators, num_layers=draft.num_layers)
+        return draft_cost_model(self.draft_chip, draft, self.config.experiment.dtype)
 
     def _scheduler(
         self, target: ModelShape, tensor_parallel: int, near: ModelShape | None, far: ModelShape | None
@@ -289,9 +280,11 @@ def with_step_times(
     if not filled["step_tokens"]:
         tokens: NDArray[np.float64] = np.asarray(2.0 ** np.arange(14), np.float64)
         nothing = np.zeros_like(tokens)
-        features = StepFeatures(tokens, tokens, tokens, tokens, *[nothing] * 6)
+        cost = cost_model.predict(StepFeatures(tokens, tokens, tokens, tokens, *[nothing] * 6))
         filled["step_tokens"] = tuple(tokens.tolist())
-        filled["step_s"] = tuple(np.maximum.accumulate(cost_model.predict(features).total_s).tolist())
+        filled["step_s"] = tuple(np.maximum.accumulate(cost.verify_s + cost.sample_s).tolist())
+        for name in ("overhead_s", "overhead_row_s"):
+            filled.setdefault(name, getattr(cost_model.operators, name))
     if "context_token_s" not in filled:
         rows, context = 128.0, np.array([0.0, 128_000.0])
         alone = np.full_like(context, rows)
@@ -300,6 +293,8 @@ def with_step_times(
     if "draft_step_s" not in filled:
         most = float(max(1, filled["max_drafts"]))
         one_row = StepFeatures(1.0 + most, 1.0 + most, 1.0, 1.0 + most, 0.0, 0.0, 0.0, most, 1.0, most)
+        row_s = 0.0 if drafter else cost_model.operators.draft_row_s
+        filled.setdefault("draft_row_s", row_s)
         # The controller knows passes only, so a network's round trip is shared out among them.
-        filled["draft_step_s"] = (drafter or cost_model).predict_scalar(one_row).draft_s / most
+        filled["draft_step_s"] = ((drafter or cost_model).predict_scalar(one_row).draft_s - row_s) / most
     return filled

@@ -129,7 +129,17 @@ class CostModel:
         empty plan, a size out of range, impossible input) ends in a KeyError and takes the way of the arrays.
         """
         tokens, logits, rows, row_tokens, context, chunk, pairs, steps, draft_rows, drafts = features
-        num_layers, pair_s, prefill_context_s, overhead_s, overhead_row_s, has_draft = self._scalars
+        (
+            num_layers,
+            pair_s,
+            row_context_s,
+            row_entries,
+            context_s,
+            token_pairs,
+            overhead_s,
+            overhead_row_s,
+            has_draft,
+        ) = self._scalars
         decode_variance, prefill_variance, draft_variance, overhead_variance = self._variances
         draft_s = 0.0
         try:
@@ -139,16 +149,24 @@ class CostModel:
                 if not (0.0 < rows <= row_tokens and context >= 0.0):
                     raise KeyError
                 entries = context + row_tokens
-                layer_s = self._decode(entries)
-                computing_s = pair_s * row_tokens * entries / rows
+                if chunk and self._mixed:
+                    layer_s = self._mixed(entries) + rows * self._mixed_row(chunk, pairs)
+                elif row_entries and row_entries * rows > entries:
+                    layer_s = self._decode(row_entries * rows)
+                else:
+                    layer_s = self._decode(entries)
+                entry_s = pair_s * row_tokens
+                if row_context_s > entry_s:
+                    entry_s = row_context_s
+                computing_s = entry_s * entries / rows
                 attention_s = num_layers * (computing_s if computing_s > layer_s else layer_s)
                 verify_s += attention_s
                 variance += decode_variance * attention_s * attention_s
             if chunk or pairs:
                 if not 0.0 < chunk <= pairs:
                     raise KeyError
-                layer_s = self._prefill(pairs)
-                reading_s = prefill_context_s * pairs / chunk
+                layer_s = self._prefill(pairs + token_pairs * chunk)
+                reading_s = context_s * pairs / chunk
                 attention_s = num_layers * (reading_s if reading_s > layer_s else layer_s)
                 verify_s += attention_s
                 variance += prefill_variance * attention_s * attention_s
@@ -162,6 +180,12 @@ class CostModel:
         variance += row_variance + overhead_variance * host_s * host_s
         total_s = draft_s + verify_s + sample_s + host_s
         return StepCost(draft_s, verify_s, sample_s, host_s, math.sqrt(variance) / total_s)
+
+    def _mixed_row(self, chunk: float, pairs: float) -> float:
+        """Seconds of a decoding row beside chunks, but for its entries; the longest chunk follows from the pairs if
+        all of them are alike and nothing of them is cached."""
+        longest = min(chunk, 2.0 * pairs / chunk)
+        return self.operators.mixed_row_s + self.operators.mixed_row_token_s * longest
 
     def _draft_seconds(
         self, rows: float, context: float, chunk: float, steps: float, draft_rows: float, drafts: float
@@ -194,11 +218,13 @@ class CostModel:
             size = tokens * self.reduced_bytes_per_token
             parts["all_reduce"] = 2 * self.num_layers * self._seconds("all_reduce", size)
         entries = context + row_tokens
-        computing_s = operators.verify_pair_s * row_tokens * entries / some_rows
-        layer_s = np.maximum(self._seconds("decode_attention", entries), computing_s)
-        parts["decode_attention"] = self.num_layers * layer_s
+        per_entry_s = np.maximum(operators.verify_pair_s * row_tokens, operators.decode_context_s)
+        computing_s = per_entry_s * entries / some_rows
+        layer_s = self._decode_seconds(entries, rows, chunk, pairs / some_chunk)
+        parts["decode_attention"] = self.num_layers * np.maximum(layer_s, computing_s)
         reading_s = operators.prefill_context_s * pairs / some_chunk
-        layer_s = np.maximum(self._seconds("prefill_attention", pairs), reading_s)
+        sizes = pairs + operators.prefill_token_pairs * chunk
+        layer_s = np.maximum(self._seconds("prefill_attention", sizes), reading_s)
         parts["prefill_attention"] = self.num_layers * layer_s
         parts["lm_head"] = self._seconds("lm_head", logits)
         verify_s = np.sum(list(parts.values()), axis=0)
@@ -216,6 +242,19 @@ class CostModel:
         total_s = draft_s + verify_s + parts["sampling"] + overhead_s
         relative_std = np.sqrt(variance) / np.where(total_s > 0.0, total_s, 1.0)
         return StepCost(draft_s, verify_s, parts["sampling"], overhead_s, relative_std)
+
+    def _decode_seconds(
+        self, entries: FloatArray, rows: FloatArray, chunk: FloatArray, mean_pairs: FloatArray
+    ) -> FloatArray:
+        """One layer's attention of the decoding rows; ``mean_pairs``: of a prompt token."""
+        operators = self.operators
+        sizes = np.maximum(entries, operators.decode_row_entries * rows)
+        if operators.mixed_attention is None:
+            return self._seconds("decode_attention", sizes)
+        mixed = (chunk > 0.0) & (rows > 0.0)
+        row_s = operators.mixed_row_s + operators.mixed_row_token_s * np.minimum(chunk, 2.0 * mean_pairs)
+        together_s = self._seconds("mixed_attention", np.where(mixed, entries, 0.0)) + rows * row_s
+        return np.where(mixed, together_s, self._seconds("decode_attention", np.where(mixed, 0.0, sizes)))
 
     def _relative_std(self, name: str) -> float:
         curve = self._curves.get(name)
@@ -261,11 +300,15 @@ class CostModel:
         self._by_rows = _table(counts[known], head_s[known], sample_s[known], variance[known])
         at = {name: _At(curve, self._bounds(name)) for name, curve in self._curves.items()}
         self._decode, self._prefill = at["decode_attention"], at["prefill_attention"]
+        self._mixed = at.get("mixed_attention")
         self._draft_step, self._draft_prefill = at.get("draft_step"), at.get("draft_prefill")
         self._scalars = (
             self.num_layers,
             operators.verify_pair_s,
+            operators.decode_context_s,
+            operators.decode_row_entries,
             operators.prefill_context_s,
+            operators.prefill_token_pairs,
             operators.overhead_s,
             operators.overhead_row_s,
             operators.draft_step is not None,

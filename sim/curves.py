@@ -87,10 +87,15 @@ class Operators:
     Attributes:
         dense: everything of one decoder layer that depends on the number of tokens alone: its matrices, norms,
             rotary embedding, activation. By tokens.
-        decode_attention: of the decoding rows in one layer, one query each. By KV entries read, all rows together.
-        prefill_attention: of the prompt chunks in one layer. By query-key pairs.
+        decode_attention: of the decoding rows in one layer, one query each. By KV entries read, all rows together,
+            at least ``decode_row_entries`` per row on average.
+        prefill_attention: of the prompt chunks in one layer. By query-key pairs, ``prefill_token_pairs`` more for
+            each of their tokens.
         lm_head: final norm and output head. By rows of logits.
         sampling: logits to probabilities to tokens, verification included. By rows of logits.
+        mixed_attention: of the decoding rows in one layer in a step that has prompt chunks as well, whose kernel
+            then neither splits a row's context nor shares what the query heads of a KV head read; ``None`` where
+            that was not measured: ``decode_attention`` holds then too. By KV entries, all rows together.
         all_reduce: one all-reduce among tensor-parallel devices; ``None`` on one device. By bytes.
         draft_step: one pass of the draft model, head and choice of the token included, attention over its
             context excluded; ``None`` without a draft model. By rows.
@@ -99,6 +104,14 @@ class Operators:
             from below where many drafts make it compute-bound.
         prefill_context_s: seconds per KV entry that a prompt chunk reads in one layer, which bounds short
             chunks over a long context from below.
+        decode_row_entries: KV entries that a row takes the time of at least: the tile that it reads.
+        decode_context_s: seconds per KV entry of one decoding row, with the mean context, which bound its attention
+            from below where the kernel does not share a row's context among processors.
+        prefill_token_pairs: query-key pairs that would take as long as a prompt token does beside its own: tiles
+            across the causal diagonal.
+        mixed_row_s: seconds of a decoding row in one layer beside ``mixed_attention``.
+        mixed_row_token_s: the same per query token of the longest chunk: the kernel launches as many tiles for each
+            row as the longest has.
         draft_context_s: seconds per KV entry that a pass of the draft model reads, all its layers together.
         draft_row_s: seconds per drafting row and step outside any model: n-gram lookup on the host.
         overhead_s: seconds per step on the host that are not hidden behind the device.
@@ -111,11 +124,17 @@ class Operators:
     prefill_attention: Curve
     lm_head: Curve
     sampling: Curve
+    mixed_attention: Curve | None = None
     all_reduce: Curve | None = None
     draft_step: Curve | None = None
     draft_prefill: Curve | None = None
     verify_pair_s: float = 0.0
     prefill_context_s: float = 0.0
+    decode_row_entries: float = 0.0
+    decode_context_s: float = 0.0
+    prefill_token_pairs: float = 0.0
+    mixed_row_s: float = 0.0
+    mixed_row_token_s: float = 0.0
     draft_context_s: float = 0.0
     draft_row_s: float = 0.0
     overhead_s: float = 0.0

@@ -20,8 +20,9 @@ import yaml
 
 from sim.model_shape import ModelShape
 
-HARDWARE_NAMES = ("a100", "b200", "h100", "h200", "l40s", "rtx_4090", "tpu_v5e", "tpu_v6e")
+HARDWARE_NAMES = ("a100", "b200", "h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "tpu_v5e", "tpu_v6e")
 KINDS = ("cpu", "gpu", "tpu")
+TIMINGS = ("auto", "fitted", "roofline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,9 @@ class Hardware:
         price_per_hour_usd: rent of one device; ``None`` if no price was found: ``economics`` asks for one.
         price_source: who charges that.
         price_date: ISO date on which the price was read; ``None`` when the source bears no date.
+        timings: which seconds this chip's operators take. "auto": those fitted to measurements, where they come with
+            the package and the sheet's rates were not changed, else the roofline of this sheet; "fitted": those or an
+            error; "roofline": the formulas always; or the path of a profile that ``import_timings`` wrote.
 
     Raises:
         ValueError: naming the field, its value and what it must be.
@@ -60,6 +64,7 @@ class Hardware:
     price_per_hour_usd: float | None = None
     price_source: str | None = None
     price_date: str | None = None
+    timings: str = "auto"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -73,6 +78,10 @@ class Hardware:
         for name in ("link_bytes_per_s", "link_latency_s", "tdp_w", "idle_w", "price_per_hour_usd"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
+        if self.timings not in TIMINGS and not self.timings.endswith(".json"):
+            raise ValueError(
+                f"timings={self.timings!r} must be one of {', '.join(TIMINGS)} or a profile's .json file"
+            )
         if self.price_per_hour_usd is not None and not self.price_source:
             raise ValueError(f"price_per_hour_usd={self.price_per_hour_usd} needs a price_source")
         if self.price_date is not None:

@@ -46,8 +46,9 @@ class SimulationResult:
             ``simulated_s``, ``num_submitted``, ``num_finished``, ``num_rejected``, ``num_failed``, ``num_retried``,
             ``num_escalated``, ``num_in_flight``, ``discarded_tokens``, ``mean_in_system``, ``utilisation``,
             ``num_steps``, ``chip_s`` (devices · seconds to pay for), ``extrapolated`` (operators of the cost models
-            that were asked far outside their range), ``replicas`` (figures of each) and, of a disaggregated
-            cluster, ``kv_transfers``.
+            that were asked far outside their range), ``timings`` (what the cost models are from: fitted to
+            measurements or a roofline), ``replicas`` (figures of each) and, of a disaggregated cluster,
+            ``kv_transfers``.
         stable: false if the load was above the capacity; ``reason`` says how that showed.
         wall_s: seconds that the simulation took.
     """
@@ -126,6 +127,7 @@ def simulate(
         parts = _run_apart(job, workers)
     summary = _summary([figures for figures, _ in parts], slo)
     summary["extrapolated"] = sorted({name for _, names in parts for name in names})
+    summary["timings"] = _origins(cluster)
     return SimulationResult(summary, summary["stable"], summary["reason"], time.perf_counter() - start_s)
 
 
@@ -234,6 +236,17 @@ def _extrapolated(cluster: ClusterSpec) -> list[str]:
         for model in (pool.replica.cost_model, pool.replica.draft_cost_model):
             names += cast("Mapping[str, float]", getattr(model, "extrapolated", {}))
     return names
+
+
+def _origins(cluster: ClusterSpec) -> list[str]:
+    """What the seconds of the cluster's steps are from."""
+    models = [
+        model
+        for pool in cluster.pools.values()
+        for model in (pool.replica.cost_model, pool.replica.draft_cost_model)
+    ]
+    known = (cast("Mapping[str, object]", getattr(model, "metadata", {})).get("origin") for model in models)
+    return sorted({str(origin) for origin in known if origin is not None})
 
 
 def _summary(parts: list[ClusterFigures], slo: Slo | None) -> dict[str, Any]:

@@ -79,6 +79,14 @@ MODELS = {
     ),
     "lookup": roofline_cost_model(H100, LLAMA_8B, efficiencies=Efficiencies(draft_row_s=2e-5)),
     "measured": measured(),
+    "mixed": measured(
+        mixed_attention=curve((32, 2e-5), (4096, 1e-4), std=0.1),
+        mixed_row_s=1e-6,
+        mixed_row_token_s=1e-9,
+        decode_row_entries=64.0,
+        decode_context_s=1e-8,
+        prefill_token_pairs=200.0,
+    ),
 }
 
 decoding = st.tuples(st.just(1), st.integers(0, 8), st.integers(0, 100_000), st.just(True))
@@ -368,3 +376,35 @@ def test_broken_folders(tmp_path: Path):
     (tmp_path / "cost_model.yaml").write_text("format: 99\n")
     with pytest.raises(ValueError, match="format 99, this version reads 1"):
         CostModel.load(tmp_path)
+
+
+def test_rows_beside_a_chunk_take_the_kernel_that_shares_nothing():
+    model = MODELS["mixed"]
+    rows, chunk = [(1, 0, 99, True)] * 4, (16, 0, 0, False)
+    alone = model.predict(features(plan(rows))).total_s
+    together = model.predict(features(plan([*rows, chunk]))).total_s
+    prompt = model.predict(features(plan([chunk]))).total_s
+    entries = 4 * 100
+    dense_s = 4 * np.interp(20, [1, 64], [1e-3, 1.5e-3])
+    decode_s = np.interp(entries, [32, 4096], [2e-5, 1e-4]) + 4 * (1e-6 + 16e-9)
+    prefill_s = np.interp(16 * 17 / 2 + 200 * 16, [100, 50_000], [1e-5, 4e-4])
+    head_s = np.interp(4, [1, 128], [1e-3, 2e-3]) + np.interp(4, [1, 128], [2e-5, 1e-4])
+    host_s = 3e-4 + 4e-6
+    assert together == pytest.approx(dense_s + 4 * (decode_s + prefill_s) + head_s + host_s)
+    assert together > max(alone, prompt)
+
+
+def test_a_row_takes_the_time_of_a_tile_at_least():
+    model = MODELS["mixed"]
+    short, tile = (model.predict(decode(32, context)).verify_s for context in (3, 63))
+    assert short == tile < model.predict(decode(32, 127)).verify_s
+
+
+def test_an_unshared_context_bounds_a_single_row():
+    model = MODELS["mixed"]
+    one, many = model.predict(decode(1, 3_999)).verify_s, model.predict(decode(4, 999)).verify_s
+    assert one - many == pytest.approx(
+        4 * (1e-8 * 4_000 - np.interp(4_000, [32, 4096], [1e-5, 4e-5]))
+        - 4 * (np.interp(4, [1, 64], [1e-3, 1.5e-3]) - 1e-3)
+        - (np.interp(4, [1, 128], [1e-3, 2e-3]) - 1e-3)
+    )
