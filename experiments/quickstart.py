@@ -15,6 +15,7 @@ import polars as pl
 from experiments import common
 from specdec import plots
 from specdec.config import Config
+from specdec.heads.files import shipped
 from specdec.metrics import acceptance_by_position, decode_rows, phase_times
 from specdec.report import summary_table
 from specdec.scheduler import SamplingParams
@@ -33,12 +34,24 @@ COLUMNS = {
 WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
+def _drafters(config: Config) -> dict[str, dict[str, Any]]:
+    """Options of those asked for; else lookup, layer skipping and the head that comes for this model, if one does."""
+    head = shipped(f"experiments/artifacts/{config.model.name}-eagle3")
+    names = config.experiment.drafters
+    if names is None:
+        names = ["ngram", "layer_skip", *(["eagle"] if head else [])]
+    options = {name: common.drafter_options(config, name) for name in names}
+    if head and "eagle" in options:
+        options["eagle"].setdefault("path", str(head))
+    return options
+
+
 def run(config: Config, run: Run) -> dict[str, Any]:
     items, params = common.prompts(config), common.sampling_params(config)
     llm = common.build_llm(config)
     llm.generate([items[0].prompt], WARM_UP)
     modes: dict[str, Any] = {"plain": None}
-    modes |= {name: common.drafter_options(config, name) for name in config.experiment.drafters}
+    modes |= _drafters(config)
     rounds: dict[str, list[common.Served]] = {name: [] for name in modes}
     start_s = time.perf_counter()
     for repeat in range(config.experiment.repeats):

@@ -79,6 +79,12 @@ def save_head(
     (directory / "head.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+def shipped(path: str | Path) -> Path | None:
+    """The directory ``path`` beside the packages, where heads that come with them lie; ``None`` if there is none."""
+    directory = Path(__file__).parents[2] / path
+    return directory if (directory / "head.json").is_file() else None
+
+
 def load_head(path: str | Path, drafter: str) -> StoredHead:
     """Read the directory ``path`` for a ``drafter``, "eagle" or "medusa".
 
@@ -86,6 +92,8 @@ def load_head(path: str | Path, drafter: str) -> StoredHead:
         ValueError: it is missing, incomplete or damaged, or made for another drafter.
     """
     directory = Path(path).expanduser()
+    if not directory.exists():
+        directory = shipped(path) or directory
     for name in ("head.json", "head.safetensors"):
         if not (directory / name).is_file():
             raise ValueError(
