@@ -5,6 +5,7 @@ without such a device, and the assemblers that come with Triton make the machine
 
     python -m specdec_kernels.aot                              # a table of all ops, for all architectures
     python -m specdec_kernels.aot --ops sample --archs sm_90
+    python -m specdec_kernels.aot --quick                      # each specialisation for two architectures
     python -m specdec_kernels.aot --write kernels/BUDGET.md    # what `make kernel-budget` runs
 
 The exit status is 1 if any kernel spills, asks for more shared memory than the chip has, or lacks the instructions that
@@ -165,16 +166,42 @@ def _read_amd(text: str) -> dict[str, int]:
     }
 
 
-def compile_op(name: str, arch: str) -> list[Resources]:
-    """All specialisations of one op for one architecture; none where the op does not support it."""
-    return [compile_case(case, arch) for case in op_modules([name])[name].compile_cases(arch)]
+def cases_of(name: str, archs: Sequence[str], quick: bool = False) -> list[tuple[CompileCase, str]]:
+    """The specialisations of one op and what to compile them for.
+
+    Args:
+        quick: for the second of ``archs`` and one of the others in turn, instead of all.
+    """
+    module = op_modules([name])[name]
+    found = [(number, case, arch) for arch in archs for number, case in enumerate(module.compile_cases(arch))]
+    if not quick:
+        return [(case, arch) for _, case, arch in found]
+    others = [arch for place, arch in enumerate(archs) if place != 1]
+    return [
+        (case, arch)
+        for number, case, arch in found
+        if arch == archs[1] or arch == others[number % len(others)]
+    ]
+
+
+def compile_op(name: str, archs: Sequence[str], quick: bool = False) -> list[Resources]:
+    """What :func:`cases_of` lists, compiled."""
+    return [compile_case(case, arch) for case, arch in cases_of(name, archs, quick)]
 
 
 def compile_ops(
-    names: Sequence[str] = (), archs: Sequence[str] = ARCHITECTURES, num_processes: int | None = None
+    names: Sequence[str] = (),
+    archs: Sequence[str] = ARCHITECTURES,
+    *,
+    quick: bool = False,
+    num_processes: int | None = None,
 ) -> list[Resources]:
     """All specialisations of ``names`` for ``archs``, compiled side by side."""
-    work = [(name, arch) for name in op_modules(names) for arch in archs]
+    ops = list(op_modules(names))
+    if quick:
+        work = [(name, tuple(archs), True) for name in ops]
+    else:
+        work = [(name, (arch,), False) for name in ops for arch in archs]
     with ProcessPoolExecutor(num_processes or os.cpu_count()) as pool:
         parts = pool.map(compile_op, *zip(*work, strict=True))
         return [resources for part in parts for resources in part]
@@ -214,10 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that are not here.")
     parser.add_argument("--ops", nargs="*", default=[], help="all by default")
     parser.add_argument("--archs", nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="each specialisation for two architectures")
     parser.add_argument("--processes", type=int, default=None)
     parser.add_argument("--write", type=Path, default=None, metavar="FILE")
     options = parser.parse_args(arguments)
-    found = compile_ops(options.ops, options.archs, options.processes)
+    found = compile_ops(options.ops, options.archs, quick=options.quick, num_processes=options.processes)
     page = budget_page(found)
     if options.write:
         options.write.write_text(page, "utf-8")

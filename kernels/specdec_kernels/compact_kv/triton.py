@@ -30,7 +30,10 @@ class Config:
     num_warps: int = 4
 
 
-CONFIGS = {"default": Config()}
+CONFIGS = {
+    "default": Config(),
+    "gfx942": Config(num_warps=2),  # warps of 64 threads
+}
 
 
 @triton.jit
@@ -42,10 +45,10 @@ def _compact(
     start_ptr,
     num_moves,
     num_slots,
-    slot_words,
-    num_heads,
     MOVES: tl.constexpr,
+    SLOT_WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -63,19 +66,19 @@ def _compact(
         moved = (source >= 0) & (destination >= 0)
         source, destination = first_slot + source, first_slot + destination
         if HAS_SCALES and chunk == tl.num_programs(2) - 1:
-            _move(scales_ptr, source, destination, moved, num_heads, 0, HEADS)
+            _move(scales_ptr, source, destination, moved, 0, NUM_HEADS, HEADS)
         else:
-            _move(cache_ptr, source, destination, moved, slot_words, chunk, CHUNK)
+            _move(cache_ptr, source, destination, moved, chunk, SLOT_WORDS, CHUNK)
 
 
 @triton.jit
-def _move(base_ptr, source, destination, moved, slot_words, chunk, CHUNK: tl.constexpr):
-    """Words ``chunk * CHUNK`` and on of slots of ``slot_words`` words each."""
+def _move(base_ptr, source, destination, moved, chunk, SLOT_WORDS: tl.constexpr, CHUNK: tl.constexpr):
+    """Words ``chunk * CHUNK`` and on of slots of ``SLOT_WORDS`` words each."""
     word = chunk * CHUNK + tl.arange(0, CHUNK)
-    mask = moved[:, None] & (word < slot_words)[None, :]
-    values = tl.load(base_ptr + source[:, None] * slot_words + word[None, :], mask=mask)
+    mask = moved[:, None] & (word < SLOT_WORDS)[None, :]
+    values = tl.load(base_ptr + source[:, None] * SLOT_WORDS + word[None, :], mask=mask)
     tl.debug_barrier()  # threads read and write different tokens, and one's destination may be another's source
-    tl.store(base_ptr + destination[:, None] * slot_words + word[None, :], values, mask=mask)
+    tl.store(base_ptr + destination[:, None] * SLOT_WORDS + word[None, :], values, mask=mask)
 
 
 def compact_kv(
@@ -113,10 +116,10 @@ def compact_kv(
         sources if move_start is None else move_start,
         sources.shape[0],
         num_slots,
-        slot_words,
-        cache.shape[-2],
         MOVES=config.moves,
+        SLOT_WORDS=slot_words,  # a constant, so that loads are wide for any that is even
         CHUNK=chunk,
+        NUM_HEADS=cache.shape[-2],
         HEADS=triton.next_power_of_2(cache.shape[-2]),
         HAS_STARTS=move_start is not None,
         HAS_SCALES=scales is not None,
@@ -136,6 +139,15 @@ def compile_cases(arch: str) -> list[CompileCase]:
         for has_scales in (False, True):
             slot_words = num_heads * head_dim * (1 if has_scales else 2) // 8
             for has_starts in (False, True):
+                constants = {
+                    "MOVES": config.moves,
+                    "SLOT_WORDS": slot_words,
+                    "CHUNK": _chunk(slot_words, config),
+                    "NUM_HEADS": num_heads,
+                    "HEADS": triton.next_power_of_2(num_heads),
+                    "HAS_STARTS": has_starts,
+                    "HAS_SCALES": has_scales,
+                }
                 layout = "8 bits, scales" if has_scales else "16 bits"
                 cases.append(
                     CompileCase(
@@ -148,24 +160,17 @@ def compile_cases(arch: str) -> list[CompileCase]:
                             "sources_ptr": "*i64",
                             "destinations_ptr": "*i64",
                             "start_ptr": "*i32" if has_starts else "*i64",
-                            **dict.fromkeys(("num_moves", "num_slots", "slot_words", "num_heads"), "i32"),
-                            **dict.fromkeys(
-                                ("MOVES", "CHUNK", "HEADS", "HAS_STARTS", "HAS_SCALES"), "constexpr"
-                            ),
+                            "num_moves": "i32",
+                            "num_slots": "i32",
+                            **dict.fromkeys(constants, "constexpr"),
                         },
-                        constants={
-                            "MOVES": config.moves,
-                            "CHUNK": _chunk(slot_words, config),
-                            "HEADS": triton.next_power_of_2(num_heads),
-                            "HAS_STARTS": has_starts,
-                            "HAS_SCALES": has_scales,
-                        },
+                        constants=constants,
                         aligned=(
                             *("cache_ptr", "scales_ptr", "sources_ptr", "destinations_ptr", "start_ptr"),
-                            *(("num_slots", "slot_words") if slot_words % 16 == 0 else ("num_slots",)),
+                            "num_slots",
                         ),
                         num_warps=config.num_warps,
-                        needs_wide_loads=slot_words % 16 == 0,
+                        needs_wide_loads=True,
                     )
                 )
     return cases

@@ -2,20 +2,21 @@
 
 ``fp8_matmul`` multiplies codes and applies both scales to the sums. On Hopper the matrix units add float8 products to a
 sum of about 14 bits, so every block of K is added to float32 sums outside them (DeepSeek-V3, arXiv 2412.19437, section
-3.3.2). A100 and MI300X have no units for e4m3fn (MI300X's format has another bias): there, ``WIDEN`` makes float16 of
+3.3.2). Ampere and MI300X have no units for e4m3fn (MI300X's format has another bias): there, ``WIDEN`` makes float16 of
 the bits, exactly. All tiles by the number of rows as in ``wna16_matmul``.
 
 ``quantize_fp8`` rounds to nearest, ties to even, in integer arithmetic, as not all GPUs have that conversion; the bits
 are torch's everywhere.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Launches take options and types that the kernels' own signatures do not show.
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -37,19 +38,30 @@ class Config(Tiles):
         elements_per_warp: of ``quantize_fp8``: ``num_warps`` by the number of elements, within 1 and 16.
     """
 
-    few: Tile = Tile(16, 128, 128, num_warps=4, num_stages=4)
-    some: Tile = Tile(64, 128, 128, num_warps=4, num_stages=3)
-    many: Tile = Tile(128, 128, 128, num_warps=8, num_stages=3)
     widen: bool = False
     elements_per_warp: int = 1024
 
 
+_H100 = Config(
+    programs=264,
+    few=Tile(16, 128, 128, num_warps=4, num_stages=4),
+    some=Tile(64, 128, 128, num_warps=4, num_stages=3),
+    many=Tile(128, 128, 128, num_warps=8, num_stages=3),
+)
+# Widened codes take twice the registers.
+_WIDEN = replace(
+    _H100,
+    some=Tile(64, 128, 64, num_warps=4, num_stages=3),
+    many=Tile(128, 128, 64, num_warps=8, num_stages=3),
+    widen=True,
+)
 CONFIGS = {
-    "default": Config(programs=264),  # H100: 132 multiprocessors
-    "sm_80": Config(programs=216, widen=True),
-    "sm_100": Config(programs=296),
-    "sm_120": Config(programs=376),
-    "gfx942": Config(programs=608, widen=True),
+    "default": _H100,
+    "sm_80": replace(_WIDEN, programs=216),
+    "sm_86": replace(_WIDEN, programs=168),
+    "sm_100": replace(_H100, programs=296),
+    "sm_120": replace(_H100, programs=376),
+    "gfx942": replace(_WIDEN, programs=608),
 }
 
 LARGEST_CODE = tl.constexpr(LARGEST)
@@ -96,9 +108,8 @@ def _fp8_matmul(
         weight = tl.load(weight_line + column, mask=is_feature[:, None] & is_column, other=0.0)
         x = tl.load(x_line + column, mask=is_row[:, None] & is_column, other=0.0)
         if WIDEN:
-            sums = dot(_as_half(weight), _as_half(x), sums)
-        else:
-            sums = dot(weight, x, sums, MAX_IMPRECISE=COLUMNS)
+            weight, x = _as_half(weight), _as_half(x)
+        sums = dot(weight, x, sums, MAX_IMPRECISE=None if WIDEN else COLUMNS)
     if WIDEN:
         sums *= 65536.0  # of the 2**-8 in both operands
     sums *= tl.load(weight_scale_ptr + feature, mask=is_feature, other=0.0)[:, None]

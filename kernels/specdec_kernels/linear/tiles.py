@@ -6,7 +6,8 @@ an output in the order of K. No atomics: the same bits every time. The cut follo
 number of rows.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Launches take options and types that the kernels' own signatures do not show.
 
 from __future__ import annotations

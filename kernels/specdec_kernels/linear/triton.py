@@ -11,7 +11,7 @@ neither one row nor thousands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -32,16 +32,22 @@ class Config:
     """
 
     programs: int
-    half: Tile = Tile(64, 128, 64, num_warps=4, num_stages=3)
-    single: Tile = Tile(32, 64, 32, num_warps=4, num_stages=2)
+    half: Tile
+    single: Tile
 
 
+_H100 = Config(
+    programs=264,
+    half=Tile(64, 128, 64, num_warps=4, num_stages=3),
+    single=Tile(32, 64, 32, num_warps=4, num_stages=2),
+)
 CONFIGS = {
-    "default": Config(programs=264),  # H100: 132 multiprocessors
-    "sm_80": Config(programs=216, half=Tile(64, 128, 64, num_warps=8, num_stages=3)),  # 4 warps spill
-    "sm_100": Config(programs=296),
-    "sm_120": Config(programs=376),
-    "gfx942": Config(programs=608),
+    "default": _H100,
+    # 4 warps spill.
+    "sm_80": replace(_H100, programs=216, half=Tile(64, 128, 64, num_warps=8, num_stages=3)),
+    "sm_100": replace(_H100, programs=296),
+    "sm_120": replace(_H100, programs=376),
+    "gfx942": replace(_H100, programs=608),
 }
 
 

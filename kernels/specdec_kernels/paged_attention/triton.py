@@ -66,11 +66,22 @@ class Tiles:
 
 CONFIGS: dict[str, Mapping[int, Tiles]] = {
     "default": {
-        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(64, 64, 4, 3)),
+        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 32, 4, 3), many=Tile(128, 64, 8, 3)),
         128: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 64, 8, 3), many=Tile(64, 64, 8, 3)),
         256: Tiles(few=Tile(16, 32, 4, 3), some=Tile(32, 32, 8, 3), many=Tile(32, 32, 8, 3)),
     },
+    "sm_90": {
+        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(128, 64, 8, 3)),
+        128: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(128, 64, 8, 3)),
+        256: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
+    },
+    "gfx942": {
+        64: Tiles(few=Tile(16, 64, 4, 2), some=Tile(64, 32, 4, 2), many=Tile(64, 32, 4, 2)),
+        128: Tiles(few=Tile(16, 32, 4, 2), some=Tile(64, 32, 4, 2), many=Tile(64, 32, 4, 2)),
+        256: Tiles(few=Tile(16, 32, 4, 2), some=Tile(32, 32, 4, 2), many=Tile(32, 32, 4, 2)),
+    },
 }
+CONFIGS["sm_100"] = CONFIGS["sm_90"]
 """By architecture and by the head size, rounded up to a power of two, from 64 on."""
 
 FLOAT32_TILE = Tile(16, 32, 4, 1)
@@ -118,7 +129,7 @@ def paged_attention(
     assert sliding_window is None or tree_mask is None or positions is not None, (
         "trees' windows need positions"
     )
-    (num_tokens, num_heads, head_dim), num_rows = q.shape, context_lens.shape[0]
+    num_tokens, head_dim, num_rows = q.shape[0], q.shape[2], context_lens.shape[0]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
@@ -127,13 +138,12 @@ def paged_attention(
         plan,
         head_dim,
         page=k_cache.shape[1],
-        cache_dtype=k_cache.dtype,
         has_tree=tree_mask is not None,
         has_window=sliding_window is not None,
         has_softcap=softcap is not None,
         is_invariant=batch_invariant,
     )
-    if constants["IS_FP8"]:
+    if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     if tree_mask is not None:
         tree_mask = tree_mask.contiguous().view(torch.int32)
@@ -232,7 +242,6 @@ def _constants(
     plan: Plan,
     head_dim: int,
     page: int,
-    cache_dtype: torch.dtype,
     has_tree: bool,
     has_window: bool,
     has_softcap: bool,
@@ -250,12 +259,8 @@ def _constants(
         "HAS_TREE": has_tree,
         "HAS_WINDOW": has_window,
         "HAS_SOFTCAP": has_softcap,
-        "IS_QUANTISED": cache_dtype in (torch.int8, torch.float8_e4m3fn),
-        "IS_FP8": cache_dtype == torch.float8_e4m3fn,
         "IS_SPLIT": plan.num_splits > 1,
         "IS_INVARIANT": is_invariant,
-        "IS_INTERPRETED": triton.knobs.runtime.interpret,
-        "MAX_TREE_TOKENS": MAX_TREE_TOKENS,
     }
 
 
@@ -274,7 +279,7 @@ def _tree_paths(words: Tensor) -> tuple[Tensor, Tensor]:
     path = torch.empty((num_tokens, MAX_TREE_TOKENS), dtype=torch.int32, device=words.device)
     length = torch.empty(num_tokens, dtype=torch.int32, device=words.device)
     kernels.tree_paths[(triton.cdiv(num_tokens, _TOKENS_PER_PROGRAM),)](
-        words, path, length, num_tokens, BLOCK_T=_TOKENS_PER_PROGRAM, MAX_TREE_TOKENS=MAX_TREE_TOKENS
+        words, path, length, num_tokens, BLOCK_T=_TOKENS_PER_PROGRAM
     )
     return path, length
 
@@ -329,9 +334,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
             signature={
                 **dict.fromkeys(("mask_ptr", "path_ptr", "length_ptr"), "*i32"),
                 "num_tokens": "i32",
-                **dict.fromkeys(("BLOCK_T", "MAX_TREE_TOKENS"), "constexpr"),
+                "BLOCK_T": "constexpr",
             },
-            constants={"BLOCK_T": _TOKENS_PER_PROGRAM, "MAX_TREE_TOKENS": MAX_TREE_TOKENS},
+            constants={"BLOCK_T": _TOKENS_PER_PROGRAM},
             aligned=("mask_ptr", "path_ptr", "length_ptr"),
         )
     )
@@ -354,8 +359,7 @@ def _attend_case(
 ) -> CompileCase:
     flags = {"has_tree": False, "has_window": False, "has_softcap": False, "is_invariant": False} | features
     plan = Plan(tile, group=4, num_tiles=1, num_splits=2 if is_split else 1, tiles_per_pass=1)
-    constants = _constants(plan, head_dim, page=16, cache_dtype=cache_dtype or dtype, **flags)
-    constants["IS_INTERPRETED"] = False
+    constants = _constants(plan, head_dim, page=16, **flags)
     wide, positions = _TRITON_TYPES[dtype], "*i64" if flags["has_tree"] else "*i32"
     types = dict.fromkeys(("q_ptr", "out_ptr"), wide)
     types |= dict.fromkeys(("k_ptr", "v_ptr"), _TRITON_TYPES[cache_dtype or dtype])

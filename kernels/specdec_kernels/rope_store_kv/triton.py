@@ -75,7 +75,8 @@ def _rope_store_kv(
     angle = tl.load(positions_ptr + token).to(tl.float32) * tl.load(
         inv_freq_ptr + column, mask=column < HALF, other=0.0
     )
-    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    cos, sin = _cos_sin(angle)
+    cos, sin = cos[None, :], sin[None, :]
     if group < num_query_groups:
         head = group * HEADS + tl.arange(0, HEADS)
         q_ptr += token * q_stride
@@ -98,6 +99,27 @@ def _rope_store_kv(
             v_ptr += token * v_stride
             first, second = _load(v_ptr, head, v_head_stride, num_kv_heads, HALF, BLOCK)
             _quantise(first, second, v_cache_ptr, v_scale_ptr, vector, inside, HALF, BLOCK, LARGEST)
+
+
+@triton.jit
+def _cos_sin(angle):
+    """Cosine and sine of float32 to 1e-7, without the library's way of large angles through local memory."""
+    # The nearest multiple of pi / 2, right below 6e6, is subtracted in three parts, the first two so short that what
+    # they leave is exact.
+    quarters = (angle * 0.6366197723675814 + 12582912.0) - 12582912.0
+    rest = tl.fma(quarters, -1.5703125, angle)
+    rest = tl.fma(quarters, -0.0004825592041015625, rest)
+    rest = tl.fma(quarters, -1.2675907950567314e-06, rest)
+    # Taylor series within pi / 4.
+    t = rest * rest
+    sin = rest * (1 - t * (1.0 / 6) * (1 - t * (1.0 / 20) * (1 - t * (1.0 / 42) * (1 - t * (1.0 / 72)))))
+    cos = 1 - t * 0.5 * (
+        1 - t * (1.0 / 12) * (1 - t * (1.0 / 30) * (1 - t * (1.0 / 56) * (1 - t * (1.0 / 90))))
+    )
+    quadrant = quarters.to(tl.int32)
+    is_odd = (quadrant & 1) != 0
+    cos, sin = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
+    return tl.where(((quadrant + 1) & 2) != 0, -cos, cos), tl.where((quadrant & 2) != 0, -sin, sin)
 
 
 @triton.jit
@@ -203,6 +225,7 @@ def rope_store_kv(
     """As ``reference.rope_store_kv``."""
     require_scales(k_cache, k_scale, v_scale)
     assert all(x.stride(-1) == 1 for x in (q, k, v)), "heads' vectors are consecutive in memory"
+    assert k_cache.is_contiguous() and v_cache.is_contiguous(), "slots are consecutive in memory"
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if not num_tokens:

@@ -46,7 +46,7 @@ def distance(x, peak, temperature):
 def fixed(weight):
     """Weights in [0, 1] in units of 2**-44, int64.
 
-    Shifts instead of a conversion, which some GPUs do at a sixteenth of the rate.
+    Shifts, since conversions to integers of 64 bits are slow on GPUs that are made for graphics.
     """
     bits = weight.to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x800000).to(tl.int64) << 21

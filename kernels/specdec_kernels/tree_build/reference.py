@@ -168,7 +168,9 @@ def check_levels(levels: Sequence[Level], size: int) -> None:
 
 def check_width(parents: Tensor) -> None:
     if parents.shape[1] > MAX_NODES:
-        raise ValueError(f"{parents.shape[1]} nodes do not fit a packed mask: use at most {MAX_NODES} per tree")
+        raise ValueError(
+            f"{parents.shape[1]} nodes do not fit a packed mask: use at most {MAX_NODES} per tree"
+        )
 
 
 def next_start(previous: Level | None) -> int:

@@ -3,8 +3,8 @@
 Scores are float64 sums of float32 numbers, exactly the host's, so every choice is the host's bit for bit.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
-# Launches take options and types that the kernels' own signatures do not show.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
+# Launches take options and types that the kernels' own signatures do not show; inside, all is a tensor of Triton's.
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ CONFIGS = {"default": Config()}
 
 
 @triton.jit
-def _candidate(logprobs_ptr, scores_ptr, beam_ptr, place, num_candidates, num_children, HAS_PREVIOUS: tl.constexpr):
+def _candidate(
+    logprobs_ptr, scores_ptr, beam_ptr, place, num_candidates, num_children, HAS_PREVIOUS: tl.constexpr
+):
     """Scores float64 of a row's candidates at ``place``; −inf beyond the last and for NaN."""
     inside = place < num_candidates
     logprob = tl.load(logprobs_ptr + place, mask=inside, other=float("-inf")).to(tl.float64)
@@ -74,7 +76,16 @@ def _num_better(score, place, other_score, other_place):
     return tl.sum(better.to(tl.int32), axis=1)
 
 
-@triton.jit(do_not_specialize=["previous_start", "num_previous", "num_beam", "num_candidates", "num_children", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "previous_start",
+        "num_previous",
+        "num_beam",
+        "num_candidates",
+        "num_children",
+        "width",
+    ]
+)
 def _grow(
     logprobs_ptr,
     previous_scores_ptr,
@@ -100,7 +111,13 @@ def _grow(
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_candidates
     score = _candidate(
-        logprobs_ptr, previous_scores_ptr, previous_beam_ptr, place, num_candidates, num_children, HAS_PREVIOUS
+        logprobs_ptr,
+        previous_scores_ptr,
+        previous_beam_ptr,
+        place,
+        num_candidates,
+        num_children,
+        HAS_PREVIOUS,
     )
     parent = tl.full([BLOCK], -1, tl.int64)
     if HAS_PREVIOUS:
@@ -109,7 +126,13 @@ def _grow(
     for start in range(0, num_candidates, OTHERS):
         other = start + tl.arange(0, OTHERS)
         other_score = _candidate(
-            logprobs_ptr, previous_scores_ptr, previous_beam_ptr, other, num_candidates, num_children, HAS_PREVIOUS
+            logprobs_ptr,
+            previous_scores_ptr,
+            previous_beam_ptr,
+            other,
+            num_candidates,
+            num_children,
+            HAS_PREVIOUS,
         )
         rank += _num_better(score, place, other_score, other)
     tl.store(scores_ptr + row * num_candidates + place, score, mask=inside)
@@ -229,7 +252,9 @@ def _pack(
         high |= tl.where(at >= 64, bit, 0)
         depth += (at > 0).to(tl.int32)
         above = tl.load(parents_ptr + at - 1, mask=at > 0, other=-1).to(tl.int32) + 1
-        at = tl.minimum(above, tl.maximum(at - 1, 0))  # a parent that is not before its child must not hang the GPU
+        at = tl.minimum(
+            above, tl.maximum(at - 1, 0)
+        )  # a parent that is not before its child must not hang the GPU
         climbing = tl.max(tl.max(at, axis=1), axis=0)
     mask = masks_ptr + 2 * (row * num_entries + entry)
     tl.store(mask, low, mask=inside)
@@ -345,7 +370,12 @@ def compile_cases(arch: str) -> list[CompileCase]:
     config = config_for(CONFIGS, arch)
     ranking = {"BLOCK": config.block, "OTHERS": config.others}
     cases = [
-        _case(f"grow, {dtype}{', below a level' if below else ''}", _grow, {**ranking, "HAS_PREVIOUS": below}, dtype)
+        _case(
+            f"grow, {dtype}{', below a level' if below else ''}",
+            _grow,
+            {**ranking, "HAS_PREVIOUS": below},
+            dtype,
+        )
         for dtype in ("fp32", "bf16")
         for below in (False, True)
     ]
@@ -360,7 +390,15 @@ def compile_cases(arch: str) -> list[CompileCase]:
     return cases
 
 
-_INT64 = ("beam_ptr", "previous_beam_ptr", "tokens_ptr", "above_ptr", "tokens_out_ptr", "candidates_out_ptr", "masks_ptr")
+_INT64 = (
+    "beam_ptr",
+    "previous_beam_ptr",
+    "tokens_ptr",
+    "above_ptr",
+    "tokens_out_ptr",
+    "candidates_out_ptr",
+    "masks_ptr",
+)
 _FLOAT64 = ("scores_ptr", "previous_scores_ptr", "scores_out_ptr")
 
 

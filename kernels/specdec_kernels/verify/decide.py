@@ -4,7 +4,8 @@ Thresholds are float64 numbers, as in the host's rules; only masses over the voc
 decisions of "token" and "one_hot", which need no mass, are the host's bit for bit.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# Inside kernels everything is a tensor or a constant of Triton's, which its own annotations do not show.
 
 from __future__ import annotations
 
@@ -122,7 +123,9 @@ def walk(
         else:
             # Rounding can leave less than the token's own mass, or nothing to divide by.
             none_left = target_sum <= target
-            ratio = tl.where(none_left, tl.where(target > 0.0, one, 0.0), target / tl.where(none_left, one, target_sum))
+            ratio = tl.where(
+                none_left, tl.where(target > 0.0, one, 0.0), target / tl.where(none_left, one, target_sum)
+            )
         if tl.load(uniforms_ptr + child - 1).to(tl.float64) < ratio:
             path = tl.where(entry == num_accepted, child - 1, path)
             num_accepted += 1

@@ -1,6 +1,7 @@
 """Kernels of greedy verification: the argmax of every entry's logits, then a walk through the drafts."""
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# Inside kernels everything is a tensor or a constant of Triton's, which its own annotations do not show.
 
 from __future__ import annotations
 

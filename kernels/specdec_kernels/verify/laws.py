@@ -8,6 +8,7 @@ where the laws agree below the resolution and the target stands in for their dif
 """
 
 # pyright: reportArgumentType=false
+# Inside kernels everything is a tensor or a constant of Triton's, which its own annotations do not show.
 
 from __future__ import annotations
 

@@ -124,7 +124,9 @@ def check_rule(
     if rule not in (*CHAIN_RULES, *TREE_RULES):
         raise ValueError(f"verification rule {rule!r} is unknown: use one of {(*CHAIN_RULES, *TREE_RULES)}")
     if rule in CHAIN_RULES and parents is not None:
-        raise ValueError(f"rule {rule!r} verifies chains: use 'recursive', 'traversal' or 'one_hot' for trees")
+        raise ValueError(
+            f"rule {rule!r} verifies chains: use 'recursive', 'traversal' or 'one_hot' for trees"
+        )
     if rule in ("recursive", "traversal") and draft_probs is None:
         raise ValueError(f"rule {rule!r} needs draft_probs: use 'one_hot' for deterministic drafts")
     if (draft_probs is None) != (draft_start is None):

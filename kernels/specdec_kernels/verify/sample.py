@@ -1,6 +1,7 @@
 """Kernels that draw the token after the last accepted entry, all of whose children have been rejected."""
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
+# Inside kernels everything is a tensor or a constant of Triton's, which its own annotations do not show.
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ def verify(
     last = torch.empty_like(usable)
     tokens, num_drafted, logit_start = tokens.contiguous(), num_drafted.contiguous(), logit_start.contiguous()
     target_probs = target_probs.contiguous()
-    # Pointers that are not read stand in for absent tensors.
-    draft_probs = draft_probs.contiguous() if has_draft else target_probs
-    draft_start = draft_start.contiguous() if has_draft else logit_start
+    if draft_probs is None or draft_start is None:
+        draft_probs, draft_start = target_probs, logit_start  # pointers that are not read
+    draft_probs, draft_start = draft_probs.contiguous(), draft_start.contiguous()
     laws = (logit_start, draft_start, target_probs, draft_probs)
     decide.prepare[(num_rows,)](
         tokens,
@@ -254,7 +254,12 @@ _TYPES = {
 
 
 def _case(
-    name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32", num_warps: int = 4, **promises: bool
+    name: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: str = "fp32",
+    num_warps: int = 4,
+    **promises: bool,
 ) -> CompileCase:
     signature = {
         argument: "constexpr" if argument in constants else _TYPES.get(argument, "*i32")

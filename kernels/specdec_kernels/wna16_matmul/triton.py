@@ -8,13 +8,14 @@ so that on Hopper it goes from registers into them and no warp makes weights tha
 The tile depends on the number of rows, unless told not to; how K is cut among programs depends on the tile, N and K.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Launches take options and types that the kernels' own signatures do not show.
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -31,18 +32,22 @@ from specdec_kernels.wna16_matmul.weights import QuantizedWeight
 class Config(Tiles):
     """As ``Tiles``; ``single`` is for float32 activations, whose products are exact and use no matrix units."""
 
-    few: Tile = Tile(16, 128, 128, num_warps=4, num_stages=3)
-    some: Tile = Tile(64, 128, 128, num_warps=8, num_stages=3)
-    many: Tile = Tile(128, 128, 64, num_warps=8, num_stages=3)
-    single: Tile = Tile(32, 64, 64, num_warps=8, num_stages=2)
+    single: Tile
 
 
+_H100 = Config(
+    programs=264,
+    few=Tile(16, 128, 128, num_warps=4, num_stages=3),
+    some=Tile(64, 128, 128, num_warps=8, num_stages=3),
+    many=Tile(128, 128, 64, num_warps=8, num_stages=3),
+    single=Tile(32, 64, 64, num_warps=8, num_stages=2),
+)
 CONFIGS = {
-    "default": Config(programs=264),  # H100: 132 multiprocessors
+    "default": _H100,
     # Blocks of 128 columns spill at 8 warps.
-    "sm_80": Config(programs=216, some=Tile(64, 128, 64, num_warps=8, num_stages=4)),
-    "sm_100": Config(programs=296),
-    "sm_120": Config(programs=376),
+    "sm_80": replace(_H100, programs=216, some=Tile(64, 128, 64, num_warps=8, num_stages=4)),
+    "sm_100": replace(_H100, programs=296),
+    "sm_120": replace(_H100, programs=376),
     # Twice as many threads in a warp, and 64 KiB of shared memory.
     "gfx942": Config(
         programs=608,
@@ -66,10 +71,7 @@ def _one_plus_fraction(words, FIELD: tl.constexpr, BITS: tl.constexpr):
     """``1 + code / 2**BITS`` for the codes in one field of ``words``."""
     SHIFT: tl.constexpr = 23 - BITS - BITS * FIELD
     MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    if SHIFT >= 0:
-        words = words << SHIFT
-    else:
-        words = words >> -SHIFT
+    words = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
     return ((words & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
@@ -124,8 +126,8 @@ def _wna16_matmul(
         for field in tl.static_range(FIELDS):
             column = (word // APART * 32 + word % APART + field * APART)[None, :]
             x = tl.load(x_line + column, mask=is_row & (column < num_columns), other=0.0)
-            weight = (_one_plus_fraction(words, field, BITS) * factor + offset).to(x.dtype)
-            sums = dot(weight, x, sums)
+            weight = tl.fma(_one_plus_fraction(words, field, BITS), factor, offset)
+            sums = dot(weight.to(x.dtype), x, sums)
     store_tile(sums, out_ptr, bias_ptr, row, feature, num_rows, num_features, HAS_BIAS)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.trees import Tree
+from tests.kernels.triton.broken import broken
 
 FP8_NAN = 0x7F
 
@@ -93,7 +97,9 @@ def make_batch(
     return Batch({name: x.to(device) for name, x in tensors.items()}, options)
 
 
-def _cache(name: str, shape: Shape, num_blocks: int, slots: Tensor, noise: torch.Generator) -> dict[str, Tensor]:
+def _cache(
+    name: str, shape: Shape, num_blocks: int, slots: Tensor, noise: torch.Generator
+) -> dict[str, Tensor]:
     size = (num_blocks * shape.block_size, shape.num_kv_heads, shape.head_dim)
     blocks = (num_blocks, shape.block_size, shape.num_kv_heads)
     dtype = shape.cache_dtype or shape.dtype
@@ -129,3 +135,33 @@ def _masks(rows: Sequence[tuple[int, int]], trees: Mapping[int, Tree]) -> dict[s
         masks.append(trees[row].mask() if row in trees else np.zeros((count, 2), np.int64))
         positions.append(context + depths)
     return {"tree_mask": torch.from_numpy(np.concatenate(masks)), "positions": torch.cat(positions)}
+
+
+def tree_batch(
+    trees: Sequence[Tree],
+    shape: Shape,
+    device: torch.device,
+    contexts: Sequence[int] = (0, 1, 7, 29),
+    **options: Any,
+) -> Batch:
+    """A row for each tree, behind contexts that take turns."""
+    rows = [(contexts[row % len(contexts)], len(tree)) for row, tree in enumerate(trees)]
+    return make_batch(rows, shape, device, dict(enumerate(trees)), **options)
+
+
+def split_contexts(monkeypatch: pytest.MonkeyPatch, op: ModuleType, keys: int) -> None:
+    """Have ``op`` split even short contexts, into parts of about ``keys``."""
+    monkeypatch.setattr(op, "MIN_SPLIT_KEYS", keys)
+    monkeypatch.setattr(op, "PROGRAMS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(op, "INVARIANT_SPLIT_KEYS", keys)
+
+
+def broken_kernels(kernels: ModuleType, tiles: ModuleType, old: str, new: str) -> ModuleType:
+    """A copy of ``kernels`` with ``old`` replaced, in it or in ``tiles``, from which it takes its functions."""
+    if old in Path(str(kernels.__file__)).read_text("utf-8"):
+        return broken(kernels, old, new)
+    copy, parts = broken(kernels, "GROUP", "GROUP"), broken(tiles, old, new)
+    for name in vars(tiles).keys() & vars(copy).keys():
+        if callable(getattr(tiles, name)):
+            setattr(copy, name, getattr(parts, name))
+    return copy

@@ -143,7 +143,7 @@ def test_a_cache_that_is_not_contiguous_is_refused(device):
         ("tl.num_programs(2) - 1", "0"),
         ("first_slot + source, first_slot + destination", "source, destination"),
         ("chunk * CHUNK + ", ""),
-        ("(word < slot_words)", "(word < CHUNK)"),
+        ("(word < SLOT_WORDS)", "(word < CHUNK)"),
         ("tl.program_id(0) + 1", "1"),
     ],
 )

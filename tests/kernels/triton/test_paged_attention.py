@@ -9,10 +9,8 @@ from specdec_kernels.paged_attention.reference import paged_attention as referen
 from torch.nn.functional import pad
 
 from tests.kernels.triton import runtime  # noqa: F401 - before any kernel
-from tests.kernels.triton.broken import broken
-from tests.kernels.triton.ragged import Batch, Shape, make_batch
+from tests.kernels.triton.ragged import Batch, Shape, make_batch, split_contexts
 
-from specdec_kernels.paged_attention import kernels  # isort: skip
 from specdec_kernels.paged_attention import triton as op  # isort: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,13 +24,6 @@ def check(batch: Batch, **more) -> None:
     out = batch.run(op.paged_attention, **more)
     assert out.dtype == q.dtype and out.shape == q.shape
     assert tolerances.op_error(out, batch.in_float64(reference)) < tolerances.OPS[q.dtype]
-
-
-def split_contexts(monkeypatch, keys: int) -> None:
-    """Have even short contexts split, into parts of about ``keys``."""
-    monkeypatch.setattr(op, "MIN_SPLIT_KEYS", keys)
-    monkeypatch.setattr(op, "PROGRAMS_PER_PROCESSOR", 1000)
-    monkeypatch.setattr(op, "INVARIANT_SPLIT_KEYS", keys)
 
 
 @pytest.mark.parametrize("is_invariant", (False, True), ids=("free", "invariant"))
@@ -70,7 +61,9 @@ def test_windows_and_softcaps(window, softcap, device):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(
-    "rows", (((70, 1), (130, 2), (5, 0)), ((64, 9), (127, 20)), ((0, 150), (65, 3))), ids=("few", "some", "many")
+    "rows",
+    (((70, 1), (130, 2), (5, 0)), ((64, 9), (127, 20)), ((0, 150), (65, 3))),
+    ids=("few", "some", "many"),
 )
 def test_tiles_by_lines_of_a_row(rows, dtype, device):
     check(make_batch(rows, Shape(1, 3, 64, dtype=dtype), device))
@@ -80,15 +73,15 @@ def test_tiles_by_lines_of_a_row(rows, dtype, device):
 @pytest.mark.parametrize("window", (None, 50))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_split_contexts(dtype, window, is_invariant, device, monkeypatch):
-    split_contexts(monkeypatch, 64)
-    rows = ((200, 1), (0, 3), (63, 1), (64, 2), (130, 6), (7, 0))
+    split_contexts(monkeypatch, op, 64)
+    rows = ((200, 1), (0, 3), (63, 1), (64, 2), (7, 0))
     batch = make_batch(rows, Shape(2, 2, 16, dtype=dtype), device, sliding_window=window)
     check(batch, batch_invariant=is_invariant)
 
 
 def test_passes_over_a_small_workspace_change_nothing(device, monkeypatch):
-    split_contexts(monkeypatch, 32)
-    batch = make_batch(((70, 1), (0, 3), (33, 20), (1, 0), (40, 2)), Shape(2), device)
+    split_contexts(monkeypatch, op, 32)
+    batch = make_batch(((70, 1), (0, 3), (33, 9), (1, 0)), Shape(2), device)
     whole = batch.run(op.paged_attention)
     monkeypatch.setattr(op, "WORKSPACE_BYTES", 20_000)
     assert torch.equal(batch.run(op.paged_attention), whole)
@@ -99,7 +92,7 @@ def test_passes_over_a_small_workspace_change_nothing(device, monkeypatch):
 def test_padding_is_zero_and_changes_nothing(is_split, device, monkeypatch):
     """As a captured graph pads: tokens beyond the last row, rows without tokens, tables of no use."""
     if is_split:
-        split_contexts(monkeypatch, 32)
+        split_contexts(monkeypatch, op, 32)
     batch = make_batch(ROWS[3:6], Shape(), device)
     expected = batch.in_float64(reference)
     ends = batch.tensors["query_start"]
@@ -116,7 +109,7 @@ def test_padding_is_zero_and_changes_nothing(is_split, device, monkeypatch):
 
 def test_many_rows_of_which_most_are_empty(device):
     """More rows than ``kernels.find_tile`` looks at in one step."""
-    rows = [(5, 1 if row in (0, 127, 128, 200, 299) else 0) for row in range(300)]
+    rows = [(5, 1 if row in (0, 127, 128, 139) else 0) for row in range(140)]
     check(make_batch(rows, Shape(), device))
 
 
@@ -147,54 +140,3 @@ def test_the_launch_reads_no_tensor(device, monkeypatch):
         outs = [batch.run(op.paged_attention, batch_invariant=choice) for choice in (False, True)]
     for out in outs:
         assert tolerances.op_error(out, expected) < tolerances.OPS[torch.float32]
-
-
-BREAKS = {
-    "rows of tiles": ("start // BLOCK_Q + row <= tile", "start // BLOCK_Q + row < tile"),
-    "first query": ("(tile - start // BLOCK_Q - row) * BLOCK_Q", "(tile - start // BLOCK_Q - row)"),
-    "fp8 exponent": ("* 256.0", "* 128.0"),
-    "block table": ("index // PAGE, mask", "index // PAGE + 1, mask"),
-    "offset in block": ("block * PAGE + index % PAGE", "block * PAGE + index % (PAGE - 1)"),
-    "unwritten values": ("tl.load(v_ptr + place, mask=mask, other=0)", "tl.load(v_ptr + place)"),
-    "unwritten scales": ("tl.load(v_scale_ptr + slot, mask=inside, other=0.0)", "tl.load(v_scale_ptr + slot)"),
-    "scale of keys": ("scores *= k_scale[None, :]", "scores *= 1.0"),
-    "scale of values": ("weights *= v_scale[None, :]", "weights *= 1.0"),
-    "soft-cap": ("2.0 * LOG2_E * scale / softcap", "1.9 * LOG2_E * scale / softcap"),
-    "scale": ("scores * (scale * LOG2_E)", "scores * scale"),
-    "running sum": ("tl.fma(total, shrink,", "tl.fma(total, 1.0,"),
-    "running values": ("acc * shrink[:, None]", "acc"),
-    "causal": ("index[None, :] <= own[:, None]", "index[None, :] < own[:, None]"),
-    "window": ("> (own_position - sliding_window)", ">= (own_position - sliding_window)"),
-    "where a window starts": ("- sliding_window + 1", "- sliding_window + 33"),
-    "common keys": ("context + first + 1  #", "context + num_queries  #"),
-    "last key": ("tl.minimum(context + first + num_queries, num_keys)", "tl.minimum(context + first + 1, num_keys)"),
-    "head of the group": ("tl.program_id(1) * GROUP + line % GROUP", "tl.program_id(1) * GROUP + line % 1"),
-    "size of a split": ("tl.cdiv(end - start, tl.num_programs(2))", "(end - start) // tl.num_programs(2) // 2"),
-    "split's place": ("tl.num_programs(2) + tl.program_id(2)) * BLOCK_M", "tl.num_programs(2)) * BLOCK_M"),
-    "combined maximum": ("highest = tl.maximum(highest, tl.load", "highest = tl.maximum(1.0, tl.load"),
-    "combined sum": ("tl.fma(weight, split_total, total)", "tl.fma(1.0, split_total, total)"),
-    "combined values": ("values, acc)", "values * 0.5, acc)"),
-    "padding": ("tl.where(row < num_rows, context + row_end - row_start, 0)", "context + row_end - row_start"),
-}
-
-
-def broken_batch(device) -> Batch:
-    """One that asks for everything."""
-    rows = ((70, 1), (9, 7), (3, 0), (15, 9), (0, 40))
-    return make_batch(rows, Shape(2, 3, cache_dtype=torch.float8_e4m3fn), device, sliding_window=30, softcap=3.0)
-
-
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_copy_is_noticed(name, device, monkeypatch):
-    if "split" in name or "combined" in name:
-        split_contexts(monkeypatch, 32)
-    batch = broken_batch(device)
-    monkeypatch.setattr(op, "kernels", broken(kernels, *BREAKS[name]))
-    out = batch.run(op.paged_attention)
-    assert not tolerances.op_error(out, batch.in_float64(reference)) < tolerances.OPS[torch.float32]
-
-
-def test_a_copy_that_is_not_broken_is_right(device, monkeypatch):
-    batch = broken_batch(device)
-    monkeypatch.setattr(op, "kernels", broken(kernels, "GROUP", "GROUP"))
-    check(batch)

@@ -201,6 +201,9 @@ def test_quantised_caches_need_scales(cache_dtype, device):
     ("old", "new"),
     [
         ("second_wide * cos + first_wide * sin", "second_wide * cos - first_wide * sin"),
+        ("(quadrant + 1) & 2", "quadrant & 2"),
+        ("-0.0004825592041015625", "-0.000482559"),
+        ("t * (1.0 / 20)", "t * (1.0 / 21)"),
         ("squares / (2 * HALF)", "squares / HALF"),
         ("weight_ptr + HALF + column", "weight_ptr + column"),
         ("other=0.0).to(tl.float32) + offset", "other=0.0).to(tl.float32)"),
