@@ -21,7 +21,7 @@ NUM_BLOCKS, BLOCK_SIZE = 3, 16
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def _inputs(heads, dtype, device, num_tokens=7, seed=0):
+def _inputs(heads, dtype, device, num_tokens=5, seed=0):
     """q, k and v as slices of one tensor, positions, frequencies, slots (the third token has none), norm weights."""
     num_heads, num_kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(seed)
