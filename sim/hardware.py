@@ -45,7 +45,8 @@ class Hardware:
         price_date: ISO date on which the price was read; ``None`` when the source bears no date.
         timings: which seconds this chip's operators take. "auto": those fitted to measurements, where they come with
             the package and the sheet's rates were not changed, else the roofline of this sheet; "fitted": those or an
-            error; "roofline": the formulas always; or the path of a profile that ``import_timings`` wrote.
+            error; "roofline": the formulas always; the path of a profile that ``import_timings`` wrote; or the folder
+            of one model's cost model that ``calibrate`` or ``CostModel.save`` wrote.
 
     Raises:
         ValueError: naming the field, its value and what it must be.
@@ -78,9 +79,11 @@ class Hardware:
         for name in ("link_bytes_per_s", "link_latency_s", "tdp_w", "idle_w", "price_per_hour_usd"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if self.timings not in TIMINGS and not self.timings.endswith(".json"):
+        is_file = self.timings.endswith(".json") or holds_cost_model(self.timings)
+        if self.timings not in TIMINGS and not is_file:
             raise ValueError(
-                f"timings={self.timings!r} must be one of {', '.join(TIMINGS)} or a profile's .json file"
+                f"timings={self.timings!r} must be one of {', '.join(TIMINGS)} or a profile's .json file, or a folder "
+                "with a cost_model.yaml as calibrate writes it"
             )
         if self.price_per_hour_usd is not None and not self.price_source:
             raise ValueError(f"price_per_hour_usd={self.price_per_hour_usd} needs a price_source")
@@ -96,6 +99,11 @@ class Hardware:
         if dtype not in self.flops_per_s:
             raise _unknown(f"data type of {self.name}", dtype, self.flops_per_s)
         return self.flops_per_s[dtype]
+
+
+def holds_cost_model(timings: str) -> bool:
+    """Whether ``timings`` names a folder that ``CostModel.save`` wrote."""
+    return timings not in TIMINGS and (Path(timings) / "cost_model.yaml").is_file()
 
 
 def conf_dir() -> Path:

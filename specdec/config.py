@@ -1,6 +1,7 @@
 """The experiment configuration: which schema each group of ``conf/`` has, and what is checked beyond types.
 
-:func:`register` puts the frozen dataclasses of ``config_schemas``, ``config_cluster``, ``config_training`` and
+:func:`register` puts the frozen dataclasses of ``config_schemas``, ``config_cluster``, ``config_training``,
+``config_trees``, ``config_kernels``, ``config_calibrate``, ``config_calibration``, ``config_extrapolation`` and
 ``config_experiments`` into Hydra's ConfigStore under ``schema/``, and the files of ``conf/`` start from their schema
 and hold only what differs. So Hydra itself refuses unknown keys and wrong types; :func:`validate` checks the rest
 (appended keys, choices, ranges) and returns a frozen :class:`Config`. A group whose options depend on a choice (those
@@ -18,10 +19,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from specdec import config_calibrate as device
+from specdec import config_calibration as calibration
 from specdec import config_cluster as clusters
 from specdec import config_experiments as experiments
+from specdec import config_extrapolation as extrapolation
+from specdec import config_kernels as kernels
 from specdec import config_schemas as schemas
 from specdec import config_training as training
+from specdec import config_trees as trees
 from specdec.config_schemas import TrackingConfig, WorkloadConfig
 from specdec.names import unknown_name
 
@@ -41,7 +47,8 @@ __all__ = [
 # one experiment alone stand in config_experiments.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("bfloat16", "float32", "float16"),
-    "model.backend": ("auto", "eager", "native"),
+    "model.backend": ("auto", "eager", "native", "triton"),
+    "model.graphs": ("auto", "off", "padded"),
     "verify.rule": ("token", "block", "recursive", "traversal"),
     "policy.order": ("fcfs", "sjf", "priority", "edf"),
     "tracking.mode": ("offline", "online", "disabled"),
@@ -97,6 +104,16 @@ VARIANTS: dict[str, dict[str, type]] = {
         "policy_sweep": experiments.PolicySweepConfig,
         "sim_bench": experiments.SimBenchConfig,
         "train_draft": training.TrainDraftConfig,
+        "tree_sweep": trees.TreeSweepConfig,
+        "kernel_bench": kernels.KernelBenchConfig,
+        "validate": calibration.ValidateConfig,
+        "import_timings": calibration.ImportTimingsConfig,
+        "calibrate": device.CalibrateConfig,
+        "phase_diagram": extrapolation.PhaseDiagramConfig,
+        "extrapolate": extrapolation.ExtrapolateConfig,
+        "capacity": extrapolation.CapacityConfig,
+        "economics": extrapolation.EconomicsConfig,
+        "advise": extrapolation.AdviseConfig,
     },
 }
 GROUPS: dict[str, type] = {
@@ -108,6 +125,7 @@ GROUPS: dict[str, type] = {
     "tracking": schemas.TrackingConfig,
     "hardware": schemas.HardwareConfig,
     "limits": clusters.LimitsConfig,
+    "validate": calibration.ValidationGroup,
 }
 SIMULATED: dict[str, object] = {
     "cluster": clusters.PlainClusterConfig(),
@@ -142,6 +160,7 @@ class Config:
     autoscaling: Any
     failures: Any
     limits: clusters.LimitsConfig
+    validate: calibration.ValidationGroup
     seed: int = 0
     output_root: str = "runs"
 
@@ -182,6 +201,9 @@ def _open(schema: type) -> DictConfig:
     for part in (node, *children):
         if isinstance(part, DictConfig):
             OmegaConf.set_readonly(part, False)
+    for child in children:
+        if isinstance(child, DictConfig) and not is_dataclass(OmegaConf.get_type(child)):
+            OmegaConf.set_struct(child, False)  # a mapping whose keys no schema knows
     return node
 
 
@@ -253,7 +275,11 @@ def _check_keys(node: DictConfig, prefix: str) -> None:
 
 
 def _check_simulated(config: Config) -> None:
-    """What describes a simulated cluster is an error where none is simulated, never ignored."""
+    """What describes a simulated cluster, or what to validate, is an error elsewhere, never ignored."""
+    if config.experiment.name != "validate" and config.validate != calibration.ValidationGroup():
+        raise ValueError(
+            f"validate.* is for +experiment=validate, not for {config.experiment.name}: leave it out"
+        )
     for group, default in SIMULATED.items():
         chosen = getattr(config, group)
         if config.experiment.name in SIMULATIONS or chosen == default:

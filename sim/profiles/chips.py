@@ -3,7 +3,9 @@
 Where a chip's profile ships with the package (``sim/profiles/data``), ``hardware=<chip>`` uses it; the sheet's
 ``timings: roofline`` forces the formulas of :mod:`sim.roofline` instead. What a profile lacks (drafting on the host,
 reading a long context for a short chunk, …) still comes from that roofline. ``metadata["origin"]`` and the sources of
-the curves say what was used.
+the curves say what was used. ``timings`` may also be the folder of a cost model (``CostModel.save``), as
+``+experiment=calibrate`` writes one for the device that it ran on: that is of one model on one device, and taken as
+it is.
 
 How the curves carry over from the measured shapes to a model's:
 
@@ -32,8 +34,8 @@ import numpy as np
 
 from sim.cost_model import CostModel, roofline_cost_model
 from sim.curves import Curve, FloatArray, Operators
-from sim.hardware import Hardware, free_bytes
-from sim.model_shape import ModelShape
+from sim.hardware import Hardware, free_bytes, holds_cost_model
+from sim.model_shape import DTYPE_BYTES, ModelShape
 from sim.profiles.chip_profile import (
     DATA,
     ChipProfile,
@@ -53,6 +55,7 @@ __all__ = [
     "draft_cost_model",
     "fitted_operators",
     "load_profile",
+    "measured_cost_model",
     "profile_of",
     "shipped_profile",
 ]
@@ -88,8 +91,13 @@ def chip_cost_model(
         tensor_parallel, draft, dtype, kv_dtype, efficiencies: see ``roofline_cost_model``.
 
     Raises:
-        ValueError: see ``roofline_cost_model`` and :func:`profile_of`.
+        ValueError: see ``roofline_cost_model``, :func:`profile_of` and :func:`measured_cost_model`.
     """
+    if holds_cost_model(hardware.timings):
+        free_bytes(hardware, model.stored_as(dtype, kv_dtype), tensor_parallel)
+        return measured_cost_model(
+            hardware.timings, model, tensor_parallel=tensor_parallel, draft=draft, dtype=dtype
+        )
     base = roofline_cost_model(
         hardware,
         model,
@@ -114,13 +122,60 @@ def chip_cost_model(
     )
 
 
+def measured_cost_model(
+    folder: str,
+    model: ModelShape,
+    *,
+    tensor_parallel: int = 1,
+    draft: ModelShape | None = None,
+    dtype: str = "bfloat16",
+) -> CostModel:
+    """The cost model in ``folder``, if it is of this model; its draft model's curves only if ``draft`` is that one.
+
+    Raises:
+        ValueError: a folder of another model, draft model or data type, or several devices.
+    """
+    found = CostModel.load(folder)
+    name, measured_dtype = found.metadata.get("model"), found.metadata.get("dtype")
+    if name != model.name:
+        raise ValueError(
+            f"hardware.timings={folder} is of model {name!r}, not of {model.name!r}: simulate that model, or calibrate "
+            "this one"
+        )
+    if found.num_layers != model.num_layers:
+        raise ValueError(
+            f"hardware.timings={folder} is of {found.num_layers} decoder layers, {model.name} has {model.num_layers}"
+        )
+    if tensor_parallel != 1:
+        raise ValueError(
+            f"hardware.timings={folder} was measured on one device, not on {tensor_parallel}: use tensor_parallel=1 or "
+            "another hardware.timings"
+        )
+    if measured_dtype in DTYPE_BYTES and measured_dtype != dtype:
+        raise ValueError(f"hardware.timings={folder} was measured in {measured_dtype}, not in {dtype}")
+    if draft is None:
+        operators = replace(found.operators, draft_step=None, draft_prefill=None)
+        return CostModel(operators, num_layers=found.num_layers, metadata=found.metadata)
+    if found.metadata.get("draft") != draft.name or found.operators.draft_step is None:
+        raise ValueError(
+            f"hardware.timings={folder} holds no times of the draft model {draft.name!r}: calibrate with "
+            "drafter=draft_model, or draft without a model"
+        )
+    return found
+
+
 def draft_cost_model(hardware: Hardware, draft: ModelShape, dtype: str = "bfloat16") -> CostModel:
     """Of a draft model that has ``hardware`` for itself.
 
     Raises:
-        ValueError: weights that do not fit, or a chip without the data type.
+        ValueError: weights that do not fit, a chip without the data type, or timings of another model.
     """
     free_bytes(hardware, draft)
+    if holds_cost_model(hardware.timings):
+        raise ValueError(
+            f"hardware.timings={hardware.timings} is of one model, not of a draft model by itself: give another "
+            "experiment.draft_hardware"
+        )
     base = roofline_operators(
         hardware, draft, tensor_parallel=1, draft=draft, dtype=dtype, efficiencies=Efficiencies()
     )

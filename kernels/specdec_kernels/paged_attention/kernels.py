@@ -15,7 +15,9 @@ and only that node's lines see them.
 Legend: M lines of a tile (BLOCK_M), N keys (BLOCK_N), D head dimension, padded to a power of two (BLOCK_D).
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# Within a kernel most values are tensors, whatever they look like.
 
 from __future__ import annotations
 

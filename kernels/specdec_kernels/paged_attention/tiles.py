@@ -5,16 +5,19 @@ power of two (BLOCK_D). A key's *index* is its place in its row: those of the co
 step's tokens. Scores are in units of log2, since exp2 is what GPUs have.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# Within a kernel most values are tensors, whatever they look like.
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 ROW_CHUNK = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
-IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit

@@ -1,16 +1,10 @@
-"""Paged attention on a GPU: which tiles, how many splits, and the launches of ``kernels.py``.
-
-Everything about a launch follows from shapes, so that it needs no number from the device and can be captured.
-"""
+"""Paged attention on a GPU: the launches of ``kernels.py``, and what it is compiled for."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 # Launches take options and types that the kernels' own signatures do not show.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,91 +12,12 @@ import triton
 from torch import Tensor
 
 from specdec_kernels.paged_attention import kernels
+from specdec_kernels.paged_attention.plan import CONFIGS, FLOAT32_TILE, Plan, Tile, constants_of, make_plan
 from specdec_kernels.paged_attention.tree_mask import MAX_TREE_TOKENS
-from specdec_kernels.tuning import CompileCase, architecture, config_for
-
-INVARIANT_SPLIT_KEYS = 2048
-"""Keys of a split in batch-invariant mode: a multiple of every tile's."""
-
-MIN_SPLIT_KEYS = 256
-"""Fewer keys are not worth a program and what ``combine`` does for it."""
-
-PROGRAMS_PER_PROCESSOR = 2
-"""Contexts are split until there are so many programs for each of the GPU's multiprocessors."""
-
-WORKSPACE_BYTES = 1 << 28
-"""Most memory for what splits leave for ``combine``; batches that need more are computed in several passes."""
+from specdec_kernels.tuning import CompileCase, config_for
 
 _TOKENS_PER_PROGRAM = 16  # of ``tree_paths``
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a program takes at once.
-
-    Attributes:
-        num_lines: queries times the query heads of a key-value head.
-        num_keys: of each step of the loop.
-        num_stages: from 5 on, the next keys are on their way while these are computed; from 3 on, their block numbers.
-    """
-
-    num_lines: int
-    num_keys: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """By the lines that a row has on average: ``few`` for decodes, ``some`` for drafts and trees, ``many`` for prompts.
-
-    Batch-invariant mode has ``some`` for all.
-    """
-
-    few: Tile
-    some: Tile
-    many: Tile
-
-
-CONFIGS: dict[str, Mapping[int, Tiles]] = {
-    "default": {
-        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 32, 4, 3), many=Tile(128, 64, 8, 3)),
-        128: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 64, 8, 3), many=Tile(64, 64, 8, 3)),
-        256: Tiles(few=Tile(16, 32, 4, 3), some=Tile(32, 32, 8, 3), many=Tile(32, 32, 8, 3)),
-    },
-    "sm_90": {
-        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(128, 64, 8, 3)),
-        128: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(128, 64, 8, 3)),
-        256: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
-    },
-    "gfx942": {
-        64: Tiles(few=Tile(16, 64, 4, 2), some=Tile(64, 32, 4, 2), many=Tile(64, 32, 4, 2)),
-        128: Tiles(few=Tile(16, 32, 4, 2), some=Tile(64, 32, 4, 2), many=Tile(64, 32, 4, 2)),
-        256: Tiles(few=Tile(16, 32, 4, 2), some=Tile(32, 32, 4, 2), many=Tile(32, 32, 4, 2)),
-    },
-}
-CONFIGS["sm_100"] = CONFIGS["sm_90"]
-"""By architecture and by the head size, rounded up to a power of two, from 64 on."""
-
-FLOAT32_TILE = Tile(16, 32, 4, 1)
-"""For tests: float32 is multiplied exactly, without matrix instructions."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Numbers of a launch, all of them known without looking at the device.
-
-    Attributes:
-        group: query heads of a key-value head.
-        num_tiles: at least as many as there are tiles with queries, see ``kernels.find_tile``.
-        tiles_per_pass: as many as the workspace has room for.
-    """
-
-    tile: Tile
-    group: int
-    num_tiles: int
-    num_splits: int
-    tiles_per_pass: int
+_COMBINE_CONSTANTS = ("GROUP", "HEAD_DIM", "BLOCK_M", "BLOCK_D")
 
 
 def paged_attention(
@@ -125,143 +40,48 @@ def paged_attention(
     """As ``reference.paged_attention``, for contiguous caches."""
     is_quantised = k_cache.dtype in (torch.int8, torch.float8_e4m3fn)
     assert is_quantised == (k_scale is not None), "quantised caches have scales, others have none"
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and q.stride(2) == 1
-    assert sliding_window is None or tree_mask is None or positions is not None, (
-        "trees' windows need positions"
-    )
-    num_tokens, head_dim, num_rows = q.shape[0], q.shape[2], context_lens.shape[0]
+    assert k_cache.is_contiguous() and v_cache.is_contiguous() and q.stride(2) == 1, "strides"
+    has_tree, has_window = tree_mask is not None, sliding_window is not None
+    assert not (has_tree and has_window and positions is None), "trees' windows need positions"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    plan = _plan(q, k_cache, block_tables, batch_invariant)
-    constants = _constants(
-        plan,
-        head_dim,
-        page=k_cache.shape[1],
-        has_tree=tree_mask is not None,
-        has_window=sliding_window is not None,
-        has_softcap=softcap is not None,
-        is_invariant=batch_invariant,
-    )
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    if tree_mask is not None:
-        tree_mask = tree_mask.contiguous().view(torch.int32)
-    paths = (
-        _tree_paths(tree_mask) if batch_invariant and tree_mask is not None else (query_start, query_start)
+    unused = query_start  # stands for tensors that are not there
+    words = unused if tree_mask is None else tree_mask.contiguous().view(torch.int32)
+    paths = _tree_paths(words) if batch_invariant and has_tree else (unused, unused)
+    plan = make_plan(q, k_cache, block_tables, batch_invariant)
+    constants = constants_of(
+        plan, q.shape[2], k_cache.shape[1], has_tree, has_window, softcap is not None, batch_invariant
     )
-    maximum, total, partial = _workspace(plan, k_cache.shape[2], head_dim, out)
+    scales = (unused if k_scale is None else k_scale, unused if v_scale is None else v_scale)
+    rows = (query_start, context_lens, block_tables, words, unused if positions is None else positions)
+    workspace = _workspace(plan, k_cache.shape[2], q.shape[2], out)
+    numbers = {
+        "q_stride_token": q.stride(0),
+        "q_stride_head": q.stride(1),
+        "table_stride": block_tables.stride(0),
+        "scale": scale,
+        "softcap": softcap or 0.0,
+        "sliding_window": sliding_window or 0,
+    }
     for first_tile in range(0, plan.num_tiles, plan.tiles_per_pass):
-        tiles = min(plan.tiles_per_pass, plan.num_tiles - first_tile)
-        kernels.attend[(tiles, k_cache.shape[2], plan.num_splits)](
-            q,
-            k_cache,
-            v_cache,
-            out if k_scale is None else k_scale,
-            out if v_scale is None else v_scale,
-            out,
-            maximum,
-            total,
-            partial,
-            query_start,
-            context_lens,
-            block_tables,
-            query_start if tree_mask is None else tree_mask,
-            query_start if positions is None else positions,
-            *paths,
-            num_tokens,
-            num_rows,
-            first_tile,
-            q.stride(0),
-            q.stride(1),
-            block_tables.stride(0),
-            scale,
-            0.0 if softcap is None else softcap,
-            0 if sliding_window is None else sliding_window,
-            **constants,
+        grid = (min(plan.tiles_per_pass, plan.num_tiles - first_tile), k_cache.shape[2])
+        sizes = (q.shape[0], context_lens.shape[0], first_tile)
+        kernels.attend[(*grid, plan.num_splits)](
+            *(q, k_cache, v_cache, *scales, out, *workspace, *rows, *paths, *sizes),
+            **(numbers | constants),
             num_warps=plan.tile.num_warps,
             num_stages=plan.tile.num_stages,
         )
         if plan.num_splits > 1:
-            kernels.combine[(tiles, k_cache.shape[2])](
-                out,
-                maximum,
-                total,
-                partial,
-                query_start,
-                num_tokens,
-                num_rows,
-                first_tile,
-                plan.num_splits,
-                **{name: constants[name] for name in ("GROUP", "HEAD_DIM", "BLOCK_M", "BLOCK_D")},
+            kernels.combine[grid](
+                *(out, *workspace, query_start, *sizes, plan.num_splits),
+                **{name: constants[name] for name in _COMBINE_CONSTANTS},
                 num_warps=plan.tile.num_warps,
             )
     return out
-
-
-def _plan(q: Tensor, k_cache: Tensor, block_tables: Tensor, batch_invariant: bool) -> Plan:
-    (num_tokens, num_heads, head_dim), num_rows = q.shape, block_tables.shape[0]
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    group, longest_row = num_heads // num_kv_heads, block_tables.shape[1] * block_size
-    lines_per_row = triton.cdiv(num_tokens * group, max(num_rows, 1))
-    tile = _tile(architecture(q.device), q.dtype, head_dim, group, lines_per_row, batch_invariant)
-    queries = tile.num_lines // group
-    if batch_invariant:
-        num_splits = triton.cdiv(longest_row, INVARIANT_SPLIT_KEYS)
-    else:
-        programs = max(num_rows, triton.cdiv(num_tokens, queries)) * num_kv_heads
-        wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _num_processors(q.device), programs)
-        num_splits = min(wanted, triton.cdiv(longest_row, MIN_SPLIT_KEYS))
-    num_splits, num_tiles = max(num_splits, 1), num_tokens // queries + num_rows + 1
-    bytes_per_tile = num_kv_heads * num_splits * tile.num_lines * (head_dim + 2) * 4
-    tiles_per_pass = num_tiles if num_splits == 1 else max(WORKSPACE_BYTES // bytes_per_tile, 1)
-    return Plan(tile, group, num_tiles, num_splits, min(tiles_per_pass, num_tiles))
-
-
-def _tile(
-    arch: str, dtype: torch.dtype, head_dim: int, group: int, lines_per_row: int, batch_invariant: bool
-) -> Tile:
-    """The tile for rows of so many lines, with room for the query heads of a key-value head."""
-    if dtype == torch.float32:
-        tile = FLOAT32_TILE
-    else:
-        tiles = config_for(CONFIGS, arch)[max(triton.next_power_of_2(head_dim), 64)]
-        fitting = [tile for tile in (tiles.few, tiles.some) if lines_per_row <= tile.num_lines]
-        tile = tiles.some if batch_invariant else (*fitting, tiles.many)[0]
-    return replace(tile, num_lines=max(tile.num_lines, triton.next_power_of_2(group)))
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _constants(
-    plan: Plan,
-    head_dim: int,
-    page: int,
-    has_tree: bool,
-    has_window: bool,
-    has_softcap: bool,
-    is_invariant: bool,
-) -> dict[str, Any]:
-    """Compile-time arguments of ``kernels.attend``."""
-    return {
-        "GROUP": plan.group,
-        "HEAD_DIM": head_dim,
-        "PAGE": page,
-        "BLOCK_M": plan.tile.num_lines,
-        "BLOCK_N": plan.tile.num_keys,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-        "SPLIT_KEYS": INVARIANT_SPLIT_KEYS,
-        "HAS_TREE": has_tree,
-        "HAS_WINDOW": has_window,
-        "HAS_SOFTCAP": has_softcap,
-        "IS_SPLIT": plan.num_splits > 1,
-        "IS_INVARIANT": is_invariant,
-    }
 
 
 def _workspace(plan: Plan, num_kv_heads: int, head_dim: int, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -359,11 +179,11 @@ def _attend_case(
 ) -> CompileCase:
     flags = {"has_tree": False, "has_window": False, "has_softcap": False, "is_invariant": False} | features
     plan = Plan(tile, group=4, num_tiles=1, num_splits=2 if is_split else 1, tiles_per_pass=1)
-    constants = _constants(plan, head_dim, page=16, **flags)
+    constants = constants_of(plan, head_dim, page=16, **flags)
     wide, positions = _TRITON_TYPES[dtype], "*i64" if flags["has_tree"] else "*i32"
     types = dict.fromkeys(("q_ptr", "out_ptr"), wide)
     types |= dict.fromkeys(("k_ptr", "v_ptr"), _TRITON_TYPES[cache_dtype or dtype])
-    types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32" if cache_dtype else wide)
+    types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32" if cache_dtype else "*i32")
     types |= dict.fromkeys(("maximum_ptr", "total_ptr", "partial_ptr"), "*fp32" if is_split else wide)
     types |= {"position_ptr": positions, "scale": "fp32", "softcap": "fp32"}
     names = kernels.attend.arg_names

@@ -33,11 +33,6 @@ class Batch(NamedTuple):
         moved: list[Any] = [None if value is None else value.to(device) for value in self]
         return Batch(*moved)
 
-    def moved(self, by: float) -> Batch:
-        """All uniforms moved."""
-        moved = [(u + by).clamp(0, LARGEST) for u in (self.accept_uniforms, self.residual_uniforms)]
-        return self._replace(accept_uniforms=moved[0], residual_uniforms=moved[1])
-
     def deterministic(self) -> Batch:
         return self._replace(draft_probs=None, draft_start=None)
 

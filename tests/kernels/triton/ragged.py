@@ -149,11 +149,11 @@ def tree_batch(
     return make_batch(rows, shape, device, dict(enumerate(trees)), **options)
 
 
-def split_contexts(monkeypatch: pytest.MonkeyPatch, op: ModuleType, keys: int) -> None:
-    """Have ``op`` split even short contexts, into parts of about ``keys``."""
-    monkeypatch.setattr(op, "MIN_SPLIT_KEYS", keys)
-    monkeypatch.setattr(op, "PROGRAMS_PER_PROCESSOR", 1000)
-    monkeypatch.setattr(op, "INVARIANT_SPLIT_KEYS", keys)
+def split_contexts(monkeypatch: pytest.MonkeyPatch, plan: ModuleType, keys: int) -> None:
+    """Have ``plan`` split even short contexts, into parts of about ``keys``."""
+    monkeypatch.setattr(plan, "MIN_SPLIT_KEYS", keys)
+    monkeypatch.setattr(plan, "PROGRAMS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(plan, "INVARIANT_SPLIT_KEYS", keys)
 
 
 def broken_kernels(kernels: ModuleType, tiles: ModuleType, old: str, new: str) -> ModuleType:

@@ -25,7 +25,7 @@ SHAPES = (
     (33, 70, 130),
     (130, 5, 64),
 )
-SPLIT = (33, 70, 810)
+SPLIT = (17, 70, 600)
 
 
 def _inputs(shape, dtype, device, seed=0):
@@ -58,7 +58,7 @@ def test_k_is_split_and_rows_taken_in_pieces(dtype, has_bias, device, monkeypatc
     config = config_for(op.CONFIGS, architecture(device))
     tile = config.single if dtype == torch.float32 else config.half
     num_splits, blocks_per_split = tile.cut(*SPLIT[1:], config.programs)
-    assert num_splits > 2 and (num_splits - 1) * blocks_per_split * tile.columns < SPLIT[2]
+    assert num_splits > 1 and (num_splits - 1) * blocks_per_split * tile.columns < SPLIT[2]
     monkeypatch.setattr(tiles, "ROWS_AT_ONCE", 16)
     assert _error(op.linear, x, weight, bias if has_bias else None) < tolerances.OPS[dtype]
 
@@ -73,19 +73,19 @@ def test_takes_any_leading_dimensions_and_strides(device):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(dtype, device):
-    x, weight, bias = _inputs((70, 40, 800), dtype, device)
+    x, weight, bias = _inputs((70, 40, 520), dtype, device)
     assert _rows_that_depend_on_the_batch(op, x, weight, bias) == []
 
 
 def test_a_cut_of_k_that_depends_on_the_batch_is_noticed(device):
-    x, weight, bias = _inputs((70, 40, 800), torch.float32, device)
+    x, weight, bias = _inputs((70, 40, 520), torch.float32, device)
     changed = broken(op, "num_columns, config.programs)", "num_columns, config.programs // len(flat))")
     assert _rows_that_depend_on_the_batch(changed, x, weight, bias)
 
 
 def _rows_that_depend_on_the_batch(module, x, weight, bias):
     together = module.linear(x, weight, bias)
-    parts = [(0, 1), (0, 2), (0, 15), (0, 33), (64, 65), (64, 70)]
+    parts = [(0, 1), (0, 2), (0, 33), (64, 70)]
     if not runtime.IS_INTERPRETED:  # numpy's products depend on the place in a tile, to the last bit
         parts += [(69, 70), (5, 7), (1, 16), (3, 20), (30, 63)]
     return [

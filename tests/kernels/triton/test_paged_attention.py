@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from tests.kernels.triton import runtime  # noqa: F401 - before any kernel
 from tests.kernels.triton.ragged import Batch, Shape, make_batch, split_contexts
 
+from specdec_kernels.paged_attention import plan  # isort: skip
 from specdec_kernels.paged_attention import triton as op  # isort: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,17 +74,17 @@ def test_tiles_by_lines_of_a_row(rows, dtype, device):
 @pytest.mark.parametrize("window", (None, 50))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_split_contexts(dtype, window, is_invariant, device, monkeypatch):
-    split_contexts(monkeypatch, op, 64)
+    split_contexts(monkeypatch, plan, 64)
     rows = ((200, 1), (0, 3), (63, 1), (64, 2), (7, 0))
     batch = make_batch(rows, Shape(2, 2, 16, dtype=dtype), device, sliding_window=window)
     check(batch, batch_invariant=is_invariant)
 
 
 def test_passes_over_a_small_workspace_change_nothing(device, monkeypatch):
-    split_contexts(monkeypatch, op, 32)
+    split_contexts(monkeypatch, plan, 32)
     batch = make_batch(((70, 1), (0, 3), (33, 9), (1, 0)), Shape(2), device)
     whole = batch.run(op.paged_attention)
-    monkeypatch.setattr(op, "WORKSPACE_BYTES", 20_000)
+    monkeypatch.setattr(plan, "WORKSPACE_BYTES", 20_000)
     assert torch.equal(batch.run(op.paged_attention), whole)
     check(batch)
 
@@ -92,7 +93,7 @@ def test_passes_over_a_small_workspace_change_nothing(device, monkeypatch):
 def test_padding_is_zero_and_changes_nothing(is_split, device, monkeypatch):
     """As a captured graph pads: tokens beyond the last row, rows without tokens, tables of no use."""
     if is_split:
-        split_contexts(monkeypatch, op, 32)
+        split_contexts(monkeypatch, plan, 32)
     batch = make_batch(ROWS[3:6], Shape(), device)
     expected = batch.in_float64(reference)
     ends = batch.tensors["query_start"]

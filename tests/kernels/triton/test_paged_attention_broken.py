@@ -13,7 +13,7 @@ from tests.kernels.trees import chain, random_tree
 from tests.kernels.triton import runtime  # noqa: F401 - before any kernel
 from tests.kernels.triton.ragged import Batch, Shape, broken_kernels, make_batch, split_contexts, tree_batch
 
-from specdec_kernels.paged_attention import kernels, tiles  # isort: skip
+from specdec_kernels.paged_attention import kernels, plan, tiles  # isort: skip
 from specdec_kernels.paged_attention import triton as op  # isort: skip
 
 # What is replaced, by what, in which batch.
@@ -84,7 +84,7 @@ def broken_batch(kind: str, device) -> Batch:
 def test_a_broken_copy_is_noticed(name, device, monkeypatch):
     old, new, kind = BREAKS[name]
     if kind == "split":
-        split_contexts(monkeypatch, op, 32)
+        split_contexts(monkeypatch, plan, 32)
     batch = broken_batch(kind, device)
     monkeypatch.setattr(op, "kernels", broken_kernels(kernels, tiles, old, new))
     out = batch.run(op.paged_attention)
@@ -95,7 +95,7 @@ def test_a_broken_copy_is_noticed(name, device, monkeypatch):
 @pytest.mark.parametrize("kind", ("all", "plain", "split", "padded"))
 def test_a_copy_that_is_not_broken_is_right(kind, text, device, monkeypatch):
     if kind == "split":
-        split_contexts(monkeypatch, op, 32)
+        split_contexts(monkeypatch, plan, 32)
     monkeypatch.setattr(op, "kernels", broken_kernels(kernels, tiles, text, text))
     batch = broken_batch(kind, device)
     error = tolerances.op_error(batch.run(op.paged_attention), batch.in_float64(reference))

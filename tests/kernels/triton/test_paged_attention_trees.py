@@ -12,6 +12,7 @@ from tests.kernels.trees import Tree, chain, random_tree
 from tests.kernels.triton import runtime  # noqa: F401 - before any kernel
 from tests.kernels.triton.ragged import Batch, Shape, make_batch, split_contexts, tree_batch
 
+from specdec_kernels.paged_attention import plan  # isort: skip
 from specdec_kernels.paged_attention import triton as op  # isort: skip
 
 
@@ -58,7 +59,7 @@ def test_dtypes_and_soft_cap(dtype, cache_dtype, device):
 @pytest.mark.parametrize("window", (None, 20))
 def test_split_contexts(window, is_invariant, device, monkeypatch):
     """A split begins within a tree."""
-    split_contexts(monkeypatch, op, 32)
+    split_contexts(monkeypatch, plan, 32)
     rng = np.random.default_rng(3)
     trees = [random_tree(rng, size) for size in (9, 24, 1)]
     check(

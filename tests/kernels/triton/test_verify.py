@@ -1,8 +1,7 @@
 """``verify``: the torch form against ``specdec.verify``, the kernels against the torch form, and the law of the output.
 
-Masses over the vocabulary are float32 sums in the kernels. So a row may differ where a uniform lies within 1e-5 of a
-threshold: rows whose outcome changes if all uniforms are moved that far either way are left out. With these seeds that
-is 1 of the 1,000 or so rows.
+Masses over the vocabulary are float32 sums in the kernels, so a row could differ where a uniform lies very close to a
+threshold. None of the 276 random rows changes if its uniforms are moved by 1e-5 either way, so none is left out.
 """
 
 from __future__ import annotations
@@ -56,17 +55,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(op, "CONFIGS", {"default": SMALL})
 
 
-def check(rule: str, batch: Batch, device, module: ModuleType = op) -> None:
-    """Rows that are clear of thresholds agree with the reference, and few rows are not."""
-    expected = reference(rule, *batch)
-    outcome = module.verify(rule, *batch.to(device))
-    assert [a.dtype for a in outcome] == [torch.int32, torch.int64, torch.int64]
-    unclear = np.zeros(len(expected[0]), np.bool_)
-    for shift in (1e-5, -1e-5):
-        unclear |= differing(reference(rule, *batch.moved(shift)), expected)
-    wrong = differing(outcome, expected)
-    assert not (wrong & ~unclear).any(), (rule, np.flatnonzero(wrong & ~unclear))
-    assert unclear.sum() <= 1
+def check(rule: str, batch: Batch, device) -> None:
+    outcome = op.verify(rule, *batch.to(device))
+    assert [values.dtype for values in outcome] == [torch.int32, torch.int64, torch.int64]
+    wrong = differing(outcome, reference(rule, *batch))
+    assert not wrong.any(), (rule, np.flatnonzero(wrong))
 
 
 ALL_TREES = [
@@ -216,7 +209,7 @@ def test_input_of_no_use_gives_no_token(device):
     batch = make_batch([Tree([-1, -1, 0])] * 7, 6, 8)
     target, draft, starts = batch.target_probs, batch.draft_probs, batch.logit_start.clone()
     starts[0] = -1
-    target[starts[1] : starts[1] + 3, 2] = torch.nan
+    target[starts[1] : starts[1] + 4, 2] = torch.nan
     target[starts[2]] = 0
     batch.tokens[3, 2] = 6
     batch.tokens[4, 0] = -1
@@ -279,7 +272,7 @@ def emitted_law(verify, device, num_rows: int) -> float:
     return excess(first * 4 + second, (target[0][:, None] * target[1:]).ravel().astype(np.float64))
 
 
-NUM_TRIALS = 120 if runtime.IS_INTERPRETED else 200_000
+NUM_TRIALS = 160 if runtime.IS_INTERPRETED else 200_000
 
 
 def test_the_joint_law_of_the_output_is_the_targets(device):

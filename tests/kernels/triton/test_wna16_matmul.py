@@ -32,7 +32,7 @@ SHAPES = (
     (16, 63, 160, 160),
     (17, 129, 128, 32),
     (33, 40, 576, 64),
-    (130, 7, 384, 128),
+    (130, 7, 256, 128),
 )
 
 
@@ -94,6 +94,7 @@ def test_rows_choose_the_tile(num_rows, bits, device, monkeypatch):
 
 def test_takes_any_leading_dimensions_strides_and_float32_scales(device):
     x, weight, bias = _inputs((12, 20, 64, 32), 4, False, torch.float32, device)
+    assert weight.minimums is not None
     weight = replace(weight, scales=weight.scales.float() * 1.001, minimums=weight.minimums.bfloat16())
     spread = torch.stack((x, x.new_full(x.shape, torch.nan)), dim=-1)[..., 0].view(3, 4, 64)
     assert _error(op, spread, weight, bias) < tolerances.OPS[torch.float32]
@@ -103,7 +104,7 @@ def test_takes_any_leading_dimensions_strides_and_float32_scales(device):
 def test_a_row_has_the_same_bits_in_any_batch(bits, device):
     x, weight, bias = _inputs((70, 20, 1152, 32), bits, False, torch.bfloat16, device)
     together = op.wna16_matmul(x, weight, bias, batch_invariant=True)
-    parts = [(0, 1), (0, 16), (0, 33), (64, 70)]
+    parts = [(0, 1), (0, 33), (64, 70)]
     if not runtime.IS_INTERPRETED:  # numpy's products depend on the place in a tile, to the last bit
         parts += [(69, 70), (5, 21), (3, 36)]
     for part in (slice(*ends) for ends in parts):
