@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated; `make gpu-test` compiles them
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # before any kernel is decorated; `make gpu-test` compiles them
 
 
 @pytest.fixture(scope="session")
