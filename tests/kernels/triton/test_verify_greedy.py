@@ -104,7 +104,7 @@ def test_greedy_takes_the_first_of_equal_logits(vocab_size, dtype, is_chain, dev
     batch = greedy_batch(vocab_size, dtype, is_chain)
     expected = reference(*batch)
     assert not differing(op.verify_greedy(*batch.to(device)), expected).any()
-    assert expected[0].max() >= 3 and expected[2][-1] == -1
+    assert expected[0].max() >= 2 and expected[2][-1] == -1
 
 
 def test_greedy_with_nan_and_infinities(device, monkeypatch):
