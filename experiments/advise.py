@@ -7,6 +7,7 @@ short simulation of the real scheduler stands beside it.
     python -m specdec.run +experiment=advise hardware=l40s experiment.rate_per_s=3
     python -m specdec.run +experiment=advise experiment.tasks='{code: 0.7, chat: 0.3}' experiment.drafts=[eagle,lookup]
     python -m specdec.run +experiment=advise experiment.drafts=[lookup] experiment.acceptance_run=runs/quickstart/RUN
+    python -m specdec.run +experiment=advise experiment.drafts=[lookup] experiment.profile=FOLDER_OF_CALIBRATE
     python -m specdec.run +experiment=advise experiment.drafts=[eagle] experiment.rates=[0.8,0.75,0.7] hardware=h100
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from experiments.measured_acceptance import Acceptance, acceptance_of
 from sim.closed_form import FloatArray
 from sim.cluster_spec import ClusterSpec, ReplicaSpec
 from sim.cost_model import CostModel
+from sim.hardware import Hardware, load_hardware
 from sim.mean_field import MeanField, Mix, break_even_rate
 from sim.simulation import simulate
 from sim.speculative_step import EAGLE, LOOKUP, Drafts, draft_shape, step_seconds
@@ -78,7 +81,7 @@ class Option:
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     options = config.experiment
-    chip = simulations.hardware(config)
+    chip = _chip(config)
     rate = options.rate_per_s / options.num_replicas
     mix = mix_of(options.lengths, options.prompt_len, options.output_len)
     plain_device = _device(options, chip, LOOKUP, None)
@@ -123,6 +126,13 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     )
     run.log_figure("load", _figure(best, rate, row))
     return summary
+
+
+def _chip(config: Config) -> Hardware:
+    """The sheet that ``calibrate`` wrote beside a profile, or the configured chip's."""
+    profile = config.experiment.profile
+    sheet = Path(profile) / "hardware.yaml" if profile is not None else None
+    return load_hardware(sheet) if sheet is not None and sheet.is_file() else simulations.hardware(config)
 
 
 def _device(options: Any, chip: Any, draft: str, degree: int | None) -> Device:
@@ -357,9 +367,7 @@ def assumptions(options: Any, option: Option, plain_device: Device) -> list[str]
     elif draft_shape(option.device.draft, option.device.target) is not None:
         listed.append("the drafter's times are composed from the chip's, not measured as a whole")
     if options.profile is not None:
-        listed.append(
-            f"memory and price are those of hardware={plain_device.chip.name}, the times the profile's"
-        )
+        listed.append(f"the memory is that of {plain_device.chip.name}'s sheet, the times are the profile's")
     listed += [
         "attention of several query tokens over a long context is modelled, not measured",
         "arrivals are Poisson, the batch is its mean; drafts of a step are accepted independently of other steps",

@@ -92,10 +92,11 @@ def _check_device(options: Any) -> None:
 
 @dataclass(frozen=True)
 class AdviseConfig:
-    """The chip is hardware=…; profile: a folder with this device's own cost model of this model instead
-    (``CostModel.save``). model: shape. rate_per_s: requests a second of the whole fleet of num_replicas. lengths:
-    conversation, code (Azure's mixes) or fixed with prompt_len and output_len. tasks: what is asked, in shares, e.g.
-    {chat: 0.7, code: 0.3}, chat alone unless given, for the acceptance that is assumed where none was measured.
+    """The chip is hardware=…; profile: a folder with this device's own cost model of this model instead, as
+    ``calibrate`` writes it; its hardware.yaml, if there, is the chip. model: shape. rate_per_s: requests a second
+    of the whole fleet of num_replicas. lengths: conversation, code (Azure's mixes) or fixed with prompt_len and
+    output_len. tasks: what is asked, in shares, e.g. {chat: 0.7, code: 0.3}, chat alone unless given, for the
+    acceptance that is assumed where none was measured.
 
     drafts: what to choose from. Of a measured acceptance give exactly one of these: acceptance_run, a run directory of
     an experiment that drafted (acceptance_name: which of its traces); rates by draft position, with num_judged drafts

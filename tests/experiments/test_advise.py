@@ -169,4 +169,7 @@ def test_a_profile_of_another_model_or_without_a_drafter_is_refused(tmp_path: Pa
     with pytest.raises(ValueError, match=r"is of llama-3\.1-8b, not of"):
         execute(configured(*other), tmp_path / "b", None)
     ratio = (f"experiment.profile={tmp_path / 'profile'}", "experiment.draft_cost_ratio=0.05")
-    assert execute(configured(*ratio), tmp_path / "c", None)["speculate"] == "yes"
+    sheet = (Path("conf/hardware") / "h100.yaml").read_text().replace("name: h100", "name: mine", 1)
+    (tmp_path / "profile" / "hardware.yaml").write_text(sheet)
+    found = execute(configured(*ratio), tmp_path / "c", None)
+    assert (found["speculate"], found["chip"]) == ("yes", "mine")

@@ -25,7 +25,10 @@ from torch import Tensor
 from specdec_kernels.linear import tiles
 from specdec_kernels.linear.tiles import Tile, Tiles, dot, store_tile
 from specdec_kernels.tuning import CompileCase, architecture, config_for
-from specdec_kernels.wna16_matmul.weights import QuantizedWeight
+from specdec_kernels.wna16_matmul.weights import GROUP_SIZES, QuantizedWeight
+
+ONE_A_ROW = 2**30
+"""A group size beyond any K: the compiled program is the same for all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +90,9 @@ def _wna16_matmul(
     num_features,
     num_columns,
     words_per_row,
-    group_size,
     blocks_per_split,
     BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -100,6 +102,7 @@ def _wna16_matmul(
     FIELDS: tl.constexpr = 16 // BITS
     APART: tl.constexpr = 32 // FIELDS  # columns between the fields of a word
     WORDS: tl.constexpr = COLUMNS // FIELDS
+    GROUPS: tl.constexpr = COLUMNS // GROUP if GROUP < COLUMNS else 1
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     x_line = x_ptr + row[:, None] * num_columns
@@ -113,9 +116,9 @@ def _wna16_matmul(
         word = block * WORDS + tl.arange(0, WORDS)
         is_word = is_feature[:, None] & (word < words_per_row)[None, :]
         words = tl.load(words_line + word[None, :], mask=is_word, other=0).to(tl.int32)
-        group = block * COLUMNS // group_size + tl.arange(0, GROUPS)
+        group = block * COLUMNS // GROUP + tl.arange(0, GROUPS)
         at = group[:, None] * num_features + feature[None, :]
-        is_group = (group * group_size < num_columns)[:, None] & is_feature[None, :]
+        is_group = (group * GROUP < num_columns)[:, None] & is_feature[None, :]
         factor = tl.load(scales_ptr + at, mask=is_group, other=0.0).to(tl.float32) * (1 << BITS)
         if HAS_MINIMUMS:
             offset = tl.load(minimums_ptr + at, mask=is_group, other=0.0).to(tl.float32) - factor
@@ -165,20 +168,15 @@ def wna16_matmul(
             num_features,
             num_columns,
             words.shape[1],
-            weight.group_size,
             blocks_per_split,
             BITS=weight.bits,
-            GROUPS=_groups_of_a_block(num_columns, weight.group_size, tile),
+            GROUP=weight.group_size if weight.group_size in GROUP_SIZES else ONE_A_ROW,
             HAS_MINIMUMS=weight.minimums is not None,
             HAS_BIAS=bias is not None,
             **tile.options(),
         )
 
     return tiles.multiply(out, bias, num_splits, launch).view(*x.shape[:-1], num_features)
-
-
-def _groups_of_a_block(num_columns: int, group_size: int, tile: Tile) -> int:
-    return 1 if group_size == num_columns else max(tile.columns // group_size, 1)
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
@@ -193,6 +191,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
         cases += [
             _case("few", config.few, bits, 32, symmetric=True),
             _case("few", config.few, bits, 64, out="fp32"),
+            _case("few", config.few, bits, ONE_A_ROW),
             _case("some", config.some, bits, 32, dtype="fp16", out="fp16", has_bias=True),
             _case("single", config.single, bits, 32, dtype="fp32", out="fp32"),
         ]
@@ -209,11 +208,12 @@ def _case(
     out: str = "bf16",
     has_bias: bool = False,
 ) -> CompileCase:
+    groups = "one group a row" if group_size == ONE_A_ROW else f"groups of {group_size}"
     options = (", symmetric" * symmetric, ", split" * (out != dtype), ", bias" * has_bias)
-    numbers = ("num_rows", "num_features", "num_columns", "words_per_row", "group_size", "blocks_per_split")
+    numbers = ("num_rows", "num_features", "num_columns", "words_per_row", "blocks_per_split")
     constants = {
         "BITS": bits,
-        "GROUPS": max(tile.columns // group_size, 1),
+        "GROUP": group_size,
         "HAS_MINIMUMS": not symmetric,
         "HAS_BIAS": has_bias,
         **tile.constants(),
@@ -228,11 +228,11 @@ def _case(
     }
     return CompileCase(
         op="wna16_matmul",
-        name=f"int{bits}, {dtype}, {name} rows, groups of {group_size}{''.join(options)}",
+        name=f"int{bits}, {dtype}, {name} rows, {groups}{''.join(options)}",
         kernel=_wna16_matmul,
         signature={**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")},
         constants=constants,
-        aligned=(*pointers, *numbers[1:5]),
+        aligned=(*pointers, *numbers[1:4]),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         uses_matrix_units=dtype != "fp32",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from tests.kernels.trees import Tree, random_tree
 from tests.kernels.triton import runtime  # noqa: F401 - before any kernel
@@ -29,6 +30,19 @@ def narrow_tiles(monkeypatch):
     tiles = plan.Tiles(NARROW, NARROW, NARROW)
     for arch in plan.CONFIGS:
         monkeypatch.setitem(plan.CONFIGS, arch, dict.fromkeys((64, 128, 256), tiles))
+
+
+@pytest.fixture(autouse=True)
+def products_in_order(monkeypatch):
+    """Interpreted products sum key by key; numpy's own depend on where in a matrix a row lies, no GPU's do."""
+
+    def create_dot(_, a, b, acc, *__):
+        total = np.zeros_like(acc.data)
+        for place in range(a.data.shape[1]):
+            total += a.data[:, place, None] * b.data[place]
+        return interpreter.TensorHandle(total + acc.data, acc.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 class Rows:
@@ -87,8 +101,8 @@ class Rows:
 
 def trees_and_prompts() -> Rows:
     rng = np.random.default_rng(0)
-    trees = {0: random_tree(rng, 12), 2: random_tree(rng, 45), 3: Tree([-1, 0, 0, 0])}
-    return Rows([(61, 12), (0, 50), (30, 45), (94, 4), (7, 3), (70, 1)], trees)
+    trees = {0: random_tree(rng, 9), 2: random_tree(rng, 33), 3: Tree([-1, 0, 0, 0])}
+    return Rows([(61, 9), (0, 40), (20, 33), (94, 4), (7, 3), (70, 1)], trees)
 
 
 def both(rows: Rows, shape: Shape, device, num_queries: int, stride: int, **options) -> tuple[Tensor, Tensor]:
@@ -100,8 +114,10 @@ def both(rows: Rows, shape: Shape, device, num_queries: int, stride: int, **opti
     return together[tokens], alone.run(op.paged_attention, batch_invariant=True)[places]
 
 
-@pytest.mark.parametrize("num_queries", (1, 5))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "num_queries"),
+    ((torch.float32, 1), (torch.float32, 5), (torch.float16, 3), (torch.bfloat16, 1)),
+)
 def test_in_any_batch(dtype, num_queries, device):
     together, alone = both(trees_and_prompts(), Shape(1, 3, 16, dtype=dtype), device, num_queries, 4)
     assert torch.equal(together, alone)

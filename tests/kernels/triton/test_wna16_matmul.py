@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(device):
         ("field * APART", "(FIELDS - 1 - field) * APART"),
         ("word % APART", "word % (APART // 2)"),
         ("- factor", "- 2.0 * factor"),
-        ("block * COLUMNS // group_size", "block * COLUMNS // group_size // 2"),
+        ("block * COLUMNS // GROUP", "block * COLUMNS // GROUP // 2"),
         ("group[:, None] * num_features", "group[:, None] * (num_features - 1)"),
         ("1 << BITS) - 1", "1 << (BITS - 1)) - 1"),
         ("columns = tl.trans(values)", "columns = tl.trans(tl.flip(values, 0))"),
