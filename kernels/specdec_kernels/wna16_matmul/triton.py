@@ -9,7 +9,7 @@ The tile depends on the number of rows, unless told not to; how K is cut among p
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # Launches take options and types that the kernels' own signatures do not show.
 
 from __future__ import annotations

@@ -44,15 +44,6 @@ class QuantizedWeight:
         """(N, K)."""
         return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
 
-    @property
-    def num_bytes(self) -> int:
-        """What a matrix product has to read."""
-        return sum(
-            part.numel() * part.element_size()
-            for part in (self.codes, self.scales, self.minimums)
-            if part is not None
-        )
-
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on ``device``."""
         minimums = None if self.minimums is None else self.minimums.to(device)
@@ -73,7 +64,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool = False
         ValueError: unsuitable sizes, or numbers that float16 cannot span.
     """
     num_groups = _num_groups(weight.shape, bits, group_size)
-    groups = weight.double().view(len(weight), num_groups, group_size)
+    groups = weight.float().view(len(weight), num_groups, group_size)
     if symmetric:
         zero, levels = 2 ** (bits - 1), 2 ** (bits - 1) - 1
         minimum = torch.zeros_like(groups[..., :1]).half()
@@ -87,7 +78,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool = False
         raise ValueError(
             "weight has numbers that are not finite or beyond float16: leave this layer unquantised"
         )
-    steps = (groups - minimum.double()) / scale.double()
+    steps = (groups - minimum.float()) / scale.float()
     codes = steps.nan_to_num(0.0).round().clamp(-levels if symmetric else 0, levels) + zero
     return from_codes(
         codes.to(torch.uint8).view(weight.shape),
@@ -170,15 +161,15 @@ def _num_groups(shape: tuple[int, ...], bits: int, group_size: int) -> int:
 
 def _spanning_scale(minimum: Tensor, top: Tensor, levels: int) -> Tensor:
     """The nearest float16 to ``(top - minimum) / levels``; the next larger if dequantising would stay below ``top``."""
-    scale = ((top - minimum.double()) / levels).half()
+    scale = ((top - minimum.float()) / levels).half()
     reached = scale.float() * levels + minimum.float()
-    return torch.where(reached.double() < top, _next_half(scale), scale)
+    return torch.where(reached < top, _next_half(scale), scale)
 
 
 def _half_below(values: Tensor) -> Tensor:
     """The largest float16 that is not above ``values``."""
     nearest = values.half()
-    return torch.where(nearest.double() > values, -_next_half(-nearest), nearest)
+    return torch.where(nearest.float() > values, -_next_half(-nearest), nearest)
 
 
 def _next_half(values: Tensor) -> Tensor:
