@@ -8,8 +8,8 @@ without such a device, and the assemblers that come with Triton make the machine
     python -m specdec_kernels.aot --quick                      # each specialisation for two architectures
     python -m specdec_kernels.aot --write kernels/BUDGET.md    # what `make kernel-budget` runs
 
-The exit status is 1 if any kernel spills, asks for more shared memory than the chip has, or lacks the instructions that
-its op promises.
+The exit status is 1 if any kernel spills, asks for more shared or tensor memory than the chip has, or lacks the
+instructions that its op promises.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ SHARED_BYTES = {
     "gfx942": 64 * 1024,
 }
 """Most shared memory of one block: CUDA C++ Programming Guide, table of technical specifications; CDNA 3's LDS."""
+TENSOR_COLUMNS = 512
+"""Columns of a multiprocessor's tensor memory, where sm_100 has it (PTX ISA, tcgen05)."""
 
 _NVIDIA_MATRIX = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|UTC\w*MMA)\b")
 _NVIDIA_WIDE = re.compile(r"\bLDG(?:STS)?\.E\S*\.(?:128|256)\b|\bUTMALDG|\bUBLKCP")
@@ -55,6 +57,7 @@ class Resources:
         registers: of a thread (vector registers on AMD GPUs).
         spills: loads and stores of spilled registers in the machine code.
         shared_bytes: of a block.
+        tensor_columns: of tensor memory, for a block.
         matrix_instructions, wide_loads: how many the machine code has; wide are global loads of 128 bits and more,
             bulk copies included.
         instructions: all of them.
@@ -66,6 +69,7 @@ class Resources:
     registers: int
     spills: int
     shared_bytes: int
+    tensor_columns: int
     matrix_instructions: int
     wide_loads: int
     instructions: int
@@ -114,17 +118,24 @@ def compile_case(case: CompileCase, arch: str) -> Resources:
     target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch[3:]), 32)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=target, options=options)
-    shared = int(compiled.metadata.shared)
+    memory = {
+        "shared_bytes": int(compiled.metadata.shared),
+        "tensor_columns": int(getattr(compiled.metadata, "tmem_size", None) or 0),
+    }
     counts = _read_amd(compiled.asm["amdgcn"]) if is_amd else _read_nvidia(compiled.asm["cubin"])
-    found = Resources(case.op, case.name, arch, **counts, shared_bytes=shared)  # pyright: ignore[reportArgumentType]
-    return replace(found, problems=tuple(_problems(case, found)))
+    found = Resources(case.op, case.name, arch, **counts | memory)  # pyright: ignore[reportArgumentType]
+    return replace(found, problems=tuple(problems_of(case, found)))
 
 
-def _problems(case: CompileCase, found: Resources) -> Iterable[str]:
+def problems_of(case: CompileCase, found: Resources) -> Iterable[str]:
+    """In what ``found`` is beyond the chip, or short of what the op promises."""
     if found.spills:
         yield f"{found.spills} spills"
     if found.shared_bytes > SHARED_BYTES[found.arch]:
         yield f"{found.shared_bytes} bytes of shared memory of {SHARED_BYTES[found.arch]}"
+    if found.tensor_columns > TENSOR_COLUMNS:
+        # Triton lets it pass; the assembler makes a trap of the kernel.
+        yield f"{found.tensor_columns} columns of tensor memory of {TENSOR_COLUMNS}"
     if case.uses_matrix_units and not found.matrix_instructions:
         yield "no matrix instructions"
     if case.needs_wide_loads and not found.wide_loads:
@@ -223,12 +234,13 @@ def budget_page(found: Sequence[Resources]) -> str:
         lines += [
             f"## {op}",
             "",
-            "| specialisation | arch | registers | spills | shared, bytes | matrix instr. | wide loads | instr. |",
-            "|---|---|---|---|---|---|---|---|",
+            "| specialisation | arch | registers | spills | shared, bytes | tensor columns | matrix instr. | "
+            "wide loads | instr. |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {one.name} | {one.arch} | {one.registers} | {one.spills} | {one.shared_bytes} | "
-            f"{one.matrix_instructions} | {one.wide_loads} | {one.instructions} |"
+            f"{one.tensor_columns} | {one.matrix_instructions} | {one.wide_loads} | {one.instructions} |"
             + (f" **{'; '.join(one.problems)}**" if one.problems else "")
             for one in found
             if one.op == op

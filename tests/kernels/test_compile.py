@@ -5,6 +5,7 @@ Compiling needs a process that does not interpret, so each test starts one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -31,21 +32,6 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-SPILLING = {
-    "paged_attention, prefill, heads of 128, sm_80",
-    "paged_attention, invariant, heads of 256, tree, sm_80",
-    "paged_attention, invariant, heads of 128, float8, tree, window, sm_100",
-    "paged_attention, prefill, heads of 256, window, soft-cap, sm_120",
-    "paged_attention, tree, heads of 128, window, split, gfx942",
-    "paged_attention, invariant, heads of 128, float8, tree, window, gfx942",
-}
-"""Specialisations that still spill, which `make kernel-budget` fails on: to be mended, and nothing may join them."""
-
-
-def _section(page: str, op: str) -> list[str]:
-    return page.partition(f"## {op}\n")[2].partition("\n## ")[0].splitlines()
-
-
 def rows_of(page: str) -> dict[str, set[tuple[str, str]]]:
     """Specialisations and architectures by op, as a page of the budget lists them."""
     rows: dict[str, set[tuple[str, str]]] = {}
@@ -63,9 +49,7 @@ def test_an_op_keeps_to_its_budget(op: str):
     """Each specialisation for sm_90 and one other architecture; `make kernel-budget` compiles for all."""
     done = run("-m", "specdec_kernels.aot", "--ops", op, "--processes", "1", "--quick")
     found = rows_of(done.stdout)[op]
-    problems = {line.split(": ")[0] for line in done.stderr.splitlines() if line.startswith(f"{op}, ")}
-    assert problems <= SPILLING, done.stderr[-2000:]
-    assert done.returncode == bool(problems), done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     assert found == {(case.name, arch) for case, arch in aot.cases_of(op, ARCHITECTURES, quick=True)}
     assert {case.name for case, _ in aot.cases_of(op, ["sm_90"])} == {
         name for name, arch in found if arch == "sm_90"
@@ -78,12 +62,7 @@ def test_the_budget_lists_every_specialisation_and_no_problem(op: str):
     expected = {(case.name, arch) for case, arch in aot.cases_of(op, ARCHITECTURES)}
     assert rows_of(page)[op] == expected, "run `make kernel-budget`"
     assert {"sm_90", "sm_100", "sm_120"} <= {arch for _, arch in expected}
-    bad = {
-        f"{op}, {line.split(' | ')[0][2:]}, {line.split(' | ')[1]}"
-        for line in _section(page, op)
-        if "**" in line
-    }
-    assert bad == {name for name in SPILLING if name.startswith(f"{op}, ")}
+    assert "**" not in page
 
 
 BROKEN = """
@@ -107,6 +86,14 @@ def test_a_kernel_that_breaks_its_promise_is_noticed(arch: str, log_warp: int):
     matrix, loads, spills = done.stdout.splitlines()
     assert matrix == "no matrix instructions" and "no 128-bit loads" in loads
     assert re.match(r"\d+ spills", spills)
+
+
+def test_more_memory_than_the_chip_has_is_a_problem():
+    (case, _), *_ = aot.cases_of("linear", ["sm_100"])
+    found = aot.Resources("linear", case.name, "sm_100", 128, 0, 227 << 10, 512, 8, 8, 400)
+    assert not list(aot.problems_of(case, found))
+    beyond = dataclasses.replace(found, shared_bytes=(227 << 10) + 1, tensor_columns=528)
+    assert len(list(aot.problems_of(case, beyond))) == 2
 
 
 def test_what_is_asked_for_must_exist():

@@ -51,6 +51,7 @@ _H100 = Config(
 # Widened codes take twice the registers.
 _WIDEN = replace(
     _H100,
+    few=Tile(16, 128, 64, num_warps=4, num_stages=4),
     some=Tile(64, 128, 64, num_warps=4, num_stages=3),
     many=Tile(128, 128, 64, num_warps=8, num_stages=3),
     widen=True,

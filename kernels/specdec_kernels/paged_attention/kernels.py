@@ -28,11 +28,12 @@ from specdec_kernels.paged_attention import tree_mask
 from specdec_kernels.paged_attention.tiles import (
     absorb,
     find_tile,
+    hide_far,
+    hide_unseen,
     key_position,
     load_keys,
     log2_scores,
     split_range,
-    visibility,
 )
 
 MAX_TREE_TOKENS = tl.constexpr(tree_mask.MAX_TREE_TOKENS)
@@ -152,15 +153,14 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for begin in range(start, shared_end, BLOCK_N):
-        index = begin + tl.arange(0, BLOCK_N)
-        k, v, k_scale, v_scale = load_keys(index, index < num_keys, cache, q.dtype, HEAD_DIM, BLOCK_D, PAGE)
+        index = tl.minimum(begin + tl.arange(0, BLOCK_N), num_keys - 1)
+        k, v, k_scale, v_scale = load_keys(index, cache, q.dtype, HEAD_DIM, BLOCK_D, PAGE)
         scores = log2_scores(q, k, k_scale, scale, softcap, HAS_SOFTCAP)
         if IS_INVARIANT or HAS_WINDOW or begin >= plain_end:
             HAS_MASKS: tl.constexpr = HAS_TREE and not IS_INVARIANT
-            visible = visibility(
-                begin, keys_of_row, lines, sliding_window, BLOCK_N, HAS_MASKS, HAS_TREE, HAS_WINDOW
+            scores = hide_unseen(
+                scores, begin, keys_of_row, lines, sliding_window, BLOCK_N, HAS_MASKS, HAS_TREE, HAS_WINDOW
             )
-            scores = tl.where(visible, scores, float("-inf"))
         maximum, total, acc = absorb(maximum, total, acc, scores, v, v_scale)
     if IS_INVARIANT and HAS_TREE:
         for place in range(first, first + num_paths):
@@ -172,17 +172,15 @@ def attend(
             # A path has a tile or two more, too few for a pipeline.
             for begin in tl.range(tl.maximum(start, shared_end), path_end, BLOCK_N, num_stages=1):
                 step = begin + tl.arange(0, BLOCK_N)
-                inside = step < path_end
-                on_path = inside & (step >= path_start)
-                node = tl.load(row_path_ptr + step - context, mask=on_path, other=0)
-                index = tl.where(on_path, context + node, step)
-                k, v, k_scale, v_scale = load_keys(index, inside, cache, q.dtype, HEAD_DIM, BLOCK_D, PAGE)
+                last = tl.minimum(step, path_end - 1)
+                node = tl.load(row_path_ptr + tl.maximum(last - context, 0))
+                index = tl.where(last < path_start, last, context + node)
+                k, v, k_scale, v_scale = load_keys(index, cache, q.dtype, HEAD_DIM, BLOCK_D, PAGE)
                 scores = log2_scores(q, k, k_scale, scale, softcap, HAS_SOFTCAP)
-                visible = inside[None, :] & (line // GROUP == place - first)[:, None]
+                is_own = line // GROUP == place - first
+                scores = tl.where((step < path_end)[None, :] & is_own[:, None], scores, float("-inf"))
                 if HAS_WINDOW:
-                    position = key_position(index, keys_of_row, inside)
-                    visible &= position[None, :] > (own_position - sliding_window)[:, None]
-                scores = tl.where(visible, scores, float("-inf"))
+                    scores = hide_far(scores, key_position(index, keys_of_row), own_position, sliding_window)
                 maximum, total, acc = absorb(maximum, total, acc, scores, v, v_scale)
 
     if IS_SPLIT:

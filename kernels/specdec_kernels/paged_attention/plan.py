@@ -57,13 +57,14 @@ class Tiles:
     many: Tile
 
 
-# Where matrix instructions take their operands from registers (the default), quantised keys and values are converted
-# there, a whole tile at a time: tiles are small, and 64 lines of 128 and more have 8 warps, or registers spill. Hopper
-# and Blackwell multiply out of shared memory. Prompts have as many lines as fit, since their keys are read once for
-# each tile; decodes have two tiles of keys in flight, and several programs fit a multiprocessor's shared memory.
+# Where matrix instructions take their operands from registers (all but sm_90 and sm_100), quantised keys and values are
+# converted there, a whole tile at a time: tiles are small, and 64 lines of 128 numbers have 8 warps, or registers
+# spill. Hopper and Blackwell multiply out of shared memory. Prompts have as many lines as fit, since their keys are
+# read once for each tile; decodes have two tiles of keys in flight where registers allow it, and are small enough for
+# several programs on a multiprocessor.
 CONFIGS: dict[str, Mapping[int, Tiles]] = {
     "default": {
-        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 32, 4, 3), many=Tile(128, 64, 8, 3)),
+        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 32, 4, 2), many=Tile(64, 64, 8, 3)),
         128: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
         256: Tiles(few=Tile(16, 32, 4, 3), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
     },
@@ -73,9 +74,15 @@ CONFIGS: dict[str, Mapping[int, Tiles]] = {
         256: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
     },
     "sm_100": {
-        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(128, 64, 8, 3)),
+        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 64, 4, 3), many=Tile(64, 64, 4, 3)),
         128: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 32, 4, 3), many=Tile(128, 64, 8, 3)),
         256: Tiles(few=Tile(16, 32, 4, 5), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
+    },
+    # As the default, but that a second tile of float8 keys in flight spills with heads of 128.
+    "sm_120": {
+        64: Tiles(few=Tile(16, 64, 4, 5), some=Tile(64, 32, 4, 2), many=Tile(64, 64, 8, 3)),
+        128: Tiles(few=Tile(16, 32, 4, 3), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
+        256: Tiles(few=Tile(16, 32, 4, 3), some=Tile(64, 32, 8, 3), many=Tile(64, 32, 8, 3)),
     },
     # A pipeline of two stages is what AMD's compiler makes, and there are 64 KiB of shared memory.
     "gfx942": {

@@ -54,31 +54,26 @@ def split_range(start, end, SPLIT_KEYS: tl.constexpr, BLOCK_N: tl.constexpr, IS_
 
 @triton.jit
 def load_keys(
-    index,
-    inside,
-    cache,
-    dtype: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
+    index, cache, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr
 ):
-    """Keys and values [N, D] of the ``index`` [N] that are ``inside``, 0 elsewhere, and their scales [N].
+    """Keys and values [N, D] of ``index`` [N], and their scales [N].
 
-    Slots that nobody wrote may hold NaN, and a weight of 0 times NaN is NaN.
+    All must be keys of the row, for what nobody wrote may be NaN, and a weight of 0 times NaN is NaN. A repeated key
+    takes fewer registers than a condition, so what lies beyond the row is to be its last key.
     """
     table_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr = cache
-    block = tl.load(table_ptr + index // PAGE, mask=inside, other=0).to(tl.int64)
+    block = tl.load(table_ptr + index // PAGE).to(tl.int64)
     slot = (block * PAGE + index % PAGE) * tl.num_programs(1) + tl.program_id(1)
     dim = tl.arange(0, BLOCK_D)
     place = slot[:, None] * HEAD_DIM + dim[None, :]
-    mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+    mask = (dim < HEAD_DIM)[None, :]
     k = widen(tl.load(k_ptr + place, mask=mask, other=0), dtype)
     v = widen(tl.load(v_ptr + place, mask=mask, other=0), dtype)
     k_scale = tl.full(index.shape, 1.0, tl.float32)
     v_scale = k_scale
     if k_ptr.dtype.element_ty.is_int():
-        k_scale = tl.load(k_scale_ptr + slot, mask=inside, other=0.0)
-        v_scale = tl.load(v_scale_ptr + slot, mask=inside, other=0.0)
+        k_scale = tl.load(k_scale_ptr + slot)
+        v_scale = tl.load(v_scale_ptr + slot)
     return k, v, k_scale, v_scale
 
 
@@ -128,25 +123,36 @@ def mask_word(mask_line, word, is_masked):
 
 
 @triton.jit
-def mask_bits(mask_line, first, is_masked):
-    """32 bits of each line's mask from bit ``first`` on, which may be negative."""
-    low = mask_word(mask_line, first >> 5, is_masked)
-    high = mask_word(mask_line, (first >> 5) + 1, is_masked)
-    # A shift by 32 is undefined, so one by 31 and one by 1.
-    return (low >> (first & 31)) | (high << (31 - (first & 31)) << 1)
+def seen_bits(begin, context, own, mask_line, is_masked):
+    """Which of the 32 keys from index ``begin`` on each line sees, uint32 [M]: by its mask, or those up to its own."""
+    shift = (begin - context) & 31
+    low = mask_word(mask_line, (begin - context) >> 5, is_masked)
+    high = mask_word(mask_line, ((begin - context) >> 5) + 1, is_masked)
+    # A shift by 32 is undefined: one by 31 and one by 1, and none for lines that see nothing.
+    masked = (low >> shift) | (high << (31 - shift) << 1)
+    num_seen = tl.minimum(own - begin + 1, 32)
+    all_ones = tl.full(own.shape, 0xFFFFFFFF, tl.uint32)
+    causal = tl.where(num_seen > 0, all_ones >> (32 - tl.maximum(num_seen, 1)).to(tl.uint32), 0)
+    return tl.where(is_masked, masked, causal)
 
 
 @triton.jit
-def key_position(index, row, inside):
-    """Positions [N] of keys: their index in the context, their token's own among this step's."""
+def key_position(index, row):
+    """Positions [N] of a row's keys: their index in the context, their token's own among this step's."""
     context, _, positions_ptr = row
-    is_new = (index >= context) & inside
-    position = tl.load(positions_ptr + index - context, mask=is_new, other=0).to(tl.int32)
-    return tl.where(is_new, position, index)
+    position = tl.load(positions_ptr + tl.maximum(index - context, 0)).to(tl.int32)
+    return tl.where(index < context, index, position)
 
 
 @triton.jit
-def visibility(
+def hide_far(scores, position, own_position, sliding_window):
+    """``scores`` with -inf where a key's position [N] is not within the window of a line's [M]."""
+    return tl.where(position[None, :] > (own_position - sliding_window)[:, None], scores, float("-inf"))
+
+
+@triton.jit
+def hide_unseen(
+    scores,
     begin,
     row,
     lines,
@@ -156,30 +162,32 @@ def visibility(
     HAS_POSITIONS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Which of the keys from index ``begin`` on each line sees, bool [M, N].
+    """``scores`` [M, N] of the keys from index ``begin`` on, with -inf where a line does not see a key.
 
     ``row`` is the row's context, its number of keys, and where the positions of its tokens are. ``lines`` are the index
     of each line's query, its position, where its mask is, and whether it has one. Windows are in positions if there
-    are any, else in indices. Keys beyond the row's are seen only by lines without a query.
+    are any, else in indices. Keys beyond the row are seen only by lines without a query.
+
+    One thing hides after the other, since conditions for a whole tile take many registers.
     """
     context, num_keys, _ = row
     own, own_position, mask_line, is_masked = lines
     key = tl.arange(0, BLOCK_N)
     index = begin + key
-    visible = index[None, :] <= own[:, None]
     if HAS_MASKS:
-        bits = mask_bits(mask_line, begin - context, is_masked)[:, None]
+        bits = seen_bits(begin, context, own, mask_line, is_masked)[:, None]
         if BLOCK_N > 32:
-            later = mask_bits(mask_line, begin - context + 32, is_masked)[:, None]
+            later = seen_bits(begin + 32, context, own, mask_line, is_masked)[:, None]
             bits = tl.where((key < 32)[None, :], bits, later)
-        seen = (bits >> (key & 31)[None, :]) & 1
-        visible = tl.where(is_masked[:, None], seen != 0, visible)
+        scores = tl.where(((bits >> (key & 31)[None, :]) & 1) != 0, scores, float("-inf"))
+    else:
+        scores = tl.where(index[None, :] <= own[:, None], scores, float("-inf"))
     if HAS_WINDOW:
         position = index
         if HAS_POSITIONS:
-            position = key_position(index, row, index < num_keys)
-        visible &= position[None, :] > (own_position - sliding_window)[:, None]
-    return visible
+            position = key_position(tl.minimum(index, num_keys - 1), row)
+        scores = hide_far(scores, position, own_position, sliding_window)
+    return scores
 
 
 @triton.jit

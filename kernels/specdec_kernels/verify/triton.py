@@ -40,7 +40,7 @@ class Config:
     tile_warps: int = 8
     part: int = 8192
     part_warps: int = 8
-    greedy_entries: int = 512
+    greedy_entries: int = 256
 
 
 CONFIGS = {"default": Config()}

@@ -26,13 +26,12 @@ BREAKS = {
         "padded",
     ),
     "fp8 exponent": ("* 256.0", "* 128.0", "all"),
-    "block table": ("index // PAGE, mask", "index // PAGE + 1, mask", "all"),
+    "block table": ("table_ptr + index // PAGE", "table_ptr + index // PAGE + 1", "all"),
     "offset in block": ("block * PAGE + index % PAGE", "block * PAGE + index % (PAGE - 1)", "all"),
-    "unwritten values": ("tl.load(v_ptr + place, mask=mask, other=0)", "tl.load(v_ptr + place)", "plain"),
-    "unwritten scales": (
-        "tl.load(v_scale_ptr + slot, mask=inside, other=0.0)",
-        "tl.load(v_scale_ptr + slot)",
-        "all",
+    "unwritten keys": (
+        "begin + tl.arange(0, BLOCK_N), num_keys - 1",
+        "begin + tl.arange(0, BLOCK_N), FAR",
+        "plain",
     ),
     "scale of keys": ("* k_scale[None, :]", "* 1.01", "all"),
     "scale of values": ("weights * v_scale[None, :]", "weights * 1.01", "all"),
@@ -41,7 +40,7 @@ BREAKS = {
     "running sum": ("tl.fma(total, shrink,", "tl.fma(total, 1.0,", "all"),
     "running values": ("acc * shrink[:, None]", "acc", "all"),
     "causal": ("index[None, :] <= own[:, None]", "index[None, :] < own[:, None]", "all"),
-    "window": ("[:, None]\n    return visible", "[:, None] - 1\n    return visible", "all"),
+    "window": ("> (own_position - sliding_window)", ">= (own_position - sliding_window)", "all"),
     "where a window starts": ("- sliding_window + 1", "- sliding_window + 33", "all"),
     "common keys": ("context + first + 1  #", "context + first + 33  #", "plain"),
     "last key": (
@@ -71,7 +70,9 @@ def broken_batch(kind: str, device) -> Batch:
     if kind == "all":
         shape, options = Shape(2, 3, cache_dtype=torch.float8_e4m3fn), {"sliding_window": 30, "softcap": 3.0}
         return make_batch(((70, 1), (9, 7), (3, 0), (0, 8)), shape, device, **options)
-    batch = make_batch(((70, 1), (9, 7)) if kind == "split" else ((9, 40),), Shape(group=4), device)
+    batch = make_batch(
+        ((70, 1), (9, 7)) if kind == "split" else ((9, 40),), Shape(group=4), device, spare_blocks=8
+    )
     if kind == "padded":
         q, tables = batch.tensors["q"], batch.tensors["block_tables"]
         # Behind the tables is one more, so that a broken copy that reads it reads nobody's memory.
@@ -104,12 +105,13 @@ def test_a_copy_that_is_not_broken_is_right(kind, text, device, monkeypatch):
 
 # What is replaced, by what, whether in batch-invariant mode.
 TREE_BREAKS = {
-    "word of the mask": ("first >> 5) + 1", "first >> 5)", False),
+    "word of the mask": (">> 5) + 1, is_masked", ">> 5), is_masked", False),
     "bits before the mask": ("tl.where(word < 0, -1,", "tl.where(word < 0, 0,", False),
     "bits behind the mask": ("tl.where(word > 3, 0, loaded)", "loaded", False),
-    "shift of the mask": ("<< (31 - (first & 31)) << 1", "<< (31 - (first & 31))", False),
+    "shift of the mask": ("<< (31 - shift) << 1", "<< (31 - shift)", False),
+    "causal bits": ("tl.minimum(own - begin + 1, 32)", "tl.minimum(own - begin, 32)", False),
     "keys for all": ("tl.where(has_masks, context, common)", "common + BLOCK_N", False),
-    "positions": ("tl.where(is_new, position, index)", "index", False),
+    "positions": ("tl.where(index < context, index, position)", "index", False),
     "positions of queries": (
         "tl.load(position_ptr + token, mask=valid, other=FAR).to(tl.int32)",
         "own",
@@ -121,14 +123,11 @@ TREE_BREAKS = {
         "tl.store(path_line_ptr + rank, 0 * places,",
         True,
     ),
-    "end of a path": ("tl.where(length > 0, length, place + 1)", "length", True),
-    "line of a path": ("(line // GROUP == place - first)", "(line // GROUP >= place - first)", True),
+    "end of a path": ("tl.where(length > 0, length, place + 1)", "tl.where(length > 0, length, place)", True),
+    "line of a path": ("line // GROUP == place - first", "line // GROUP >= place - first", True),
     "start of paths": ("tl.where(num_paths > 0, tl.minimum(plain_end, end), end)", "end", True),
-    "window on a path": (
-        "visible &= position[None, :] > (own_position - sliding_window)",
-        "_ = (own_position)",
-        True,
-    ),
+    "window on a path": ("                if HAS_WINDOW:\n", "                if False:\n", True),
+    "end of the last tile": ("(step < path_end)[None, :] &", "(step >= 0)[None, :] &", True),
 }
 
 

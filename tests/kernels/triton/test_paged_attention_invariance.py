@@ -150,7 +150,7 @@ BREAKS = {
         "    if False:\n        start = tl.max",
     ),
     "tiles from where a window starts": (" // BLOCK_N * BLOCK_N\n    if IS_SPLIT:", "\n    if IS_SPLIT:"),
-    "lines of other paths": ("(line // GROUP == place - first)", "(line // GROUP <= place - first)"),
+    "lines of other paths": ("line // GROUP == place - first", "line // GROUP <= place - first"),
 }
 
 

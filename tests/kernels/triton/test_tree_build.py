@@ -15,6 +15,7 @@ import specdec.tree as host
 from tests.kernels.triton import runtime
 from tests.kernels.triton.broken import broken
 
+from specdec_kernels.tree_build import kernels  # isort: skip
 from specdec_kernels.tree_build import triton as op  # isort: skip
 
 SMALL = op.Config(block=32, others=16, compress=32, entries=64)
@@ -235,7 +236,8 @@ def test_masks_of_large_trees(device, pieces):
 
 
 def broken_copy(old: str, new: str) -> Any:
-    copy: Any = broken(op, old, new)
+    copy: Any = broken(op, '"""', '"""')
+    copy.kernels = broken(kernels, old, new)
     copy.CONFIGS = {"default": SMALL}
     return copy
 

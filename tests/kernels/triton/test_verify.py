@@ -346,6 +346,10 @@ def sensitive() -> dict[str, tuple[Batch, tuple[Tensor, Tensor, Tensor]]]:
 
 def test_laws_that_hardly_differ_have_precise_residuals(device):
     """Masses of 1e-5 in thresholds that are met within 3e-5, behind a rejected leaf: a float32 scale would not do."""
+    from triton.runtime import interpreter
+
+    if runtime.IS_INTERPRETED and not hasattr(interpreter._interpreter, "fma_fp32"):
+        pytest.skip("this version's interpreter rounds a product before it is added to")
     batch = sensitive_batch("traversal", 1, [Tree.chain(2)] * 16, distance=1e-5, margin=3e-5)
     batch.accept_uniforms[:, 1] = LARGEST
     expected = reference("traversal", *batch)
