@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specdec.scheduler.loop import Joined, StepLoop
+from specdec.scheduler.admission import Joined
+from specdec.scheduler.loop import StepLoop
 from specdec.scheduler.plan import IntArray, LongArray
 from specdec.scheduler.request import Request
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from specdec.scheduler.admission import Admission, Joined
 from specdec.scheduler.blocks import BlockPool
 from specdec.scheduler.limits import SchedulerConfig
 from specdec.scheduler.plan import NO_COPIES, NO_IDS, NO_INTS, IntArray, LongArray, StepOutcome, StepPlan
@@ -51,7 +52,7 @@ class StepLoop:
         # Sliced instead of made anew in every step.
         self._ones = np.ones(config.max_num_seqs, np.int32)
         self._max_drafts = np.full(config.max_num_seqs, speculation.max_drafts, np.int32)
-        self._watermark_blocks = int(config.watermark * config.num_blocks)
+        self._admission = Admission(config, policy, self.pool, self.table, self.queue)
 
     @property
     def num_waiting(self) -> int:
@@ -295,83 +296,22 @@ class StepLoop:
 
     def may_admit_at(self, step: int) -> bool:
         """Whether requests may join in this step: with multi-step scheduling, a running batch opens now and then."""
-        return step % self.config.num_scheduler_steps == 0 or len(self.table) == 0
+        return self._admission.may_admit_at(step)
 
     def most_blocks_admitted(self, budget: int) -> int:
         """Blocks that suffice for whomever :meth:`admit` could let in with this token budget."""
-        if len(self.table) == 0:
-            return 0  # nobody else needs any, so what is free is known exactly
-        last = self.pool.blocks_for(budget + self._longest_known)
-        return last + self.config.max_num_seqs - len(self.table) + self._watermark_blocks
+        return self._admission.most_blocks(budget + self._longest_known)
 
     def admit(self, now_s: float, budget: int, joined: Joined) -> int:
-        """Move requests from the queue to the table; the budget that is left."""
-        policy, queue, table = self.policy, self.queue, self.table
-        if not policy.is_open(queue, len(table), self.config.max_num_seqs, self.draining, now_s):
-            return budget
-        while queue and not table.is_full and (budget > 0 or not policy.joins_running):
-            request = queue.head
-            matched: list[int] = []
-            if self.config.prefix_caching and not request.num_swapped:
-                matched = self.pool.match(self._known_hashes(request))
-            cached = min(len(matched) * self.config.block_size, request.num_known - 1)
-            cached = request.num_swapped or cached
-            tokens = request.num_known - cached
-            if tokens > budget and policy.joins_running and not policy.chunked_prefill:
-                break
-            if not self._take_blocks(request, matched, cached, joined.copies):
-                break
-            queue.pop()
-            request.state = RequestState.RUNNING
-            request.num_cached = cached
-            if math.isnan(request.first_scheduled_s):
-                request.first_scheduled_s = now_s
-            if request.num_swapped:
-                self.num_swapped_blocks -= self.pool.blocks_for(request.num_swapped)
-                request.num_swapped = 0
-                joined.swapped_in.append(request)
-            granted = min(tokens, budget) if tokens <= budget or policy.chunked_prefill else 0
-            joined.requests.append(request)
-            joined.new.append(granted)
-            budget -= granted
+        """Move requests from the queue to the table; the token budget that is left."""
+        budget = self._admission.admit(now_s, budget, joined, self.draining)
+        self.num_swapped_blocks -= joined.num_swapped_blocks
+        if joined.requests:
+            newcomers = self.table.active[-len(joined.requests) :].tolist()
+            for row, request in zip(newcomers, joined.requests, strict=True):
+                if math.isnan(request.first_token_s):
+                    self._silent[row] = request
         return budget
-
-    def _known_hashes(self, request: Request) -> list[int]:
-        """Hashes of the full blocks of ``request``'s known tokens."""
-        return request.block_hashes[: request.num_known // self.config.block_size]
-
-    def _shared(self, request: Request, matched: list[int]) -> list[int]:
-        """The matched blocks that ``request`` can hold as they are.
-
-        When the prefix cache holds every token, the last one must still be computed for its logits, and that
-        writes into the last block: it is copied first (copy-on-write).
-        """
-        is_full_hit = len(matched) * self.config.block_size == request.num_known
-        return matched[:-1] if is_full_hit else matched
-
-    def _fits(self, request: Request, shared: list[int]) -> bool:
-        """Whether blocks for all known tokens of ``request`` are free, beside those it shares."""
-        pool = self.pool
-        fresh = pool.blocks_for(request.num_known) - len(shared)
-        reserve = self._watermark_blocks if self.table.active.size else 0
-        evictable = pool.num_evictable(shared) if shared else 0
-        return fresh + reserve <= pool.num_free - evictable
-
-    def _take_blocks(
-        self, request: Request, matched: list[int], cached: int, copies: list[tuple[int, int]]
-    ) -> bool:
-        """Hold the blocks for all known tokens of ``request`` and give it a row, if they are free."""
-        pool, shared = self.pool, self._shared(request, matched)
-        if not self._fits(request, shared):
-            return False
-        blocks = pool.allocate(pool.blocks_for(request.num_known) - len(shared), shared)
-        if len(shared) < len(matched):
-            copies.append((matched[-1], int(blocks[len(shared)])))
-        row = self.table.insert(request, blocks, cached)
-        self.table.num_registered[row] = len(shared)
-        if math.isnan(request.first_token_s):
-            self._silent[row] = request
-        return True
 
     def commit(self, plan: StepPlan, outcome: StepOutcome, now_s: float) -> None:
         """Record what happened in ``plan``; ``now_s`` is the end of the step."""
@@ -474,7 +414,7 @@ class StepLoop:
         if rows.size == 0 or not self.speculation.is_constant:
             return 0
         computed = table.num_computed[rows]
-        if (table.num_known[rows] - computed != 1).any() or self._may_admit():
+        if (table.num_known[rows] - computed != 1).any() or self._admission.may_admit_later():
             return 0
         # The token budget may cut these drafts, but then it cuts them alike in every step.
         advance = 1 + self.speculation.num_drafts(table, rows, now_s)
@@ -486,38 +426,6 @@ class StepLoop:
             need = np.maximum(-(-(computed + middle * advance) // config.block_size) - held, 0)
             low, steps = (middle, steps) if int(need.sum()) <= free else (low, middle - 1)
         return low
-
-    def _may_admit(self) -> bool:
-        """Whether a later step might admit from the queue although nothing arrives or finishes."""
-        if not self.queue or self.table.is_full or not self.policy.joins_running:
-            return False
-        request = self.queue.head
-        hashes = self._known_hashes(request)
-        matched = self.pool.match(hashes)
-        if self._fits(request, self._shared(request, matched)):
-            return True
-        # Blocks only get scarcer while rows decode, so a head that does not fit stays out, unless a running
-        # row completes the very block that the head's cached prefix lacks next.
-        return len(matched) < len(hashes) and self._may_register(hashes[: len(matched) + 1])
-
-    def _may_register(self, hashes: list[int]) -> bool:
-        """Whether a running row, whose blocks begin as ``hashes`` do, may yet name the last of them."""
-        table, last = self.table, len(hashes) - 1
-        rows = table.active[table.num_registered[table.active] <= last]
-        own = (table.request(row).block_hashes[: last + 1] for row in rows.tolist())
-        return any(hashes[: len(known)] == known for known in own)
-
-
-class Joined:
-    """What :meth:`StepLoop.admit` let in: the requests, their tokens of this step, and KV to bring about first."""
-
-    __slots__ = ("copies", "new", "requests", "swapped_in")
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.new: list[int] = []
-        self.copies: list[tuple[int, int]] = []
-        self.swapped_in: list[Request] = []
 
 
 def _ids(requests: list[Request]) -> LongArray:
