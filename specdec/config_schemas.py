@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from specdec.names import unknown_name
 
 # Names that the code's tables hold too; a test holds them equal.
-QUANTIZATIONS = ("int4", "int8")
+QUANTIZATIONS = ("int4", "int8", "fp8")
 GROUP_SIZES = (32, 64, 128)
 PRUNERS = ("magnitude", "semi_structured", "layers")
 
@@ -47,6 +47,11 @@ def check_quantization(group: str, quantization: str | None, group_size: int | N
         require(
             quantization is not None,
             f"{group}.group_size={group_size} is for quantisation only: add {group}.quantization=int4, or leave it out",
+        )
+        require(
+            quantization != "fp8",
+            f"{group}.group_size={group_size}: fp8 has one scale for each output channel; "
+            f"set {group}.quantization=int4 or int8, or leave it out",
         )
         require(
             group_size in GROUP_SIZES,

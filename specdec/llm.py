@@ -16,7 +16,6 @@ from torch import Tensor
 from specdec.drafter import make_drafter
 from specdec.drafter.synthetic import SyntheticDrafter
 from specdec.engine import Engine
-from specdec.model.quantize import check_quantization, quantized
 from specdec.model.weights import LoadedModel, load_model
 from specdec.names import unknown_name
 from specdec.output import OnToken, RequestOutput
@@ -53,10 +52,11 @@ class LLM:
             ``max_num_seqs`` requests of full length can use.
         block_size: tokens per KV block.
         threads: CPU threads; default torch's.
-        quantization: ``"int4"`` or ``"int8"`` rounds the linear layers' weights to so many bits (see
-            ``specdec.model.quantize``): output is that of the quantised model, speed and memory are not. Lossless then
-            means equal to its plain decoding.
-        group_size: weights that share a scale, 32, 64 or 128; default 32.
+        quantization: ``"int4"`` or ``"int8"`` rounds the linear layers' weights to so many bits, ``"fp8"`` (eager and
+            triton) weights and activations to float8. Lossless then means equal to the quantised model's plain
+            decoding. Triton stores the weights so and multiplies with them; on the other backends output is that of
+            the quantised model, speed is not, nor is memory but for fp8 (see ``specdec.model.quantize``).
+        group_size: weights of int4 or int8 that share a scale, 32, 64 or 128; default 32.
 
     Raises:
         ValueError: an option that does not exist or does not fit, named with its value and the remedy.
@@ -93,13 +93,16 @@ class LLM:
             if name not in known:
                 raise unknown_name("option", name, [*known, *signature(LLM).parameters])
         make_drafter(drafter)  # a wrong drafter fails before the model is loaded
-        check_quantization(quantization, group_size)
         how = RunnerOptions(
-            backend=backend, kv_dtype=kv_dtype, batch_invariant=batch_invariant, graphs=graphs
+            backend=backend,
+            kv_dtype=kv_dtype,
+            batch_invariant=batch_invariant,
+            graphs=graphs,
+            quantization=quantization,
+            group_size=group_size,
         )
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = load_model(model, dtype=DTYPES[dtype]) if isinstance(model, str) else model
-        loaded = quantized(loaded, quantization, group_size)
         config = loaded.config
         how = choose_backend(how, config, DTYPES[dtype], place)
         self.max_model_len = min(config.max_model_len, 4096) if max_model_len is None else max_model_len

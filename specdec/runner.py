@@ -3,7 +3,8 @@
 ``eager`` is plain torch and runs every family, dtype and device. ``native`` runs a whole decoder step in one
 call of our C++ kernels (bfloat16, x86-64 CPUs with AVX2 or better) and is batch-invariant: a token's logits do not
 depend, to the bit, on what else is in the step. ``triton`` is the decoder of eager over our GPU kernels, with CUDA
-graphs and, if asked, batch-invariant. ``auto`` takes triton on a GPU, native on a CPU that supports it, or eager.
+graphs, linear layers that multiply quantised weights as they are stored and, if asked, batch-invariant. ``auto`` takes
+triton on a GPU, native on a CPU that supports it, or eager.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from specdec.kv_cache import KV_DTYPES, KVCache
 from specdec.model.batch import Captured, ForwardBatch
 from specdec.model.config import ModelConfig
 from specdec.model.decoder import Decoder
+from specdec.model.quantize import check_quantization, quantized
 from specdec.model.weights import LoadedModel
 from specdec.names import unknown_name
 from specdec.rows import StepInput
@@ -43,6 +45,7 @@ class RunnerOptions:
         kv_dtype: of the KV cache, "int8" or "fp8"; ``None`` is the model's own. Not for native.
         batch_invariant: results do not depend on the batch; native always is, eager never.
         graphs: one of ``GRAPH_MODES``; only triton's steps are recorded.
+        quantization, group_size: of the linear layers, as ``specdec.model.quantize.check_quantization`` takes them.
         max_rows, max_model_len: most rows of a step and tokens of a request, which recorded steps are made for.
     """
 
@@ -50,6 +53,8 @@ class RunnerOptions:
     kv_dtype: str | None = None
     batch_invariant: bool = False
     graphs: str = "auto"
+    quantization: str | None = None
+    group_size: int | None = None
     max_rows: int = 256
     max_model_len: int = 4096
 
@@ -59,6 +64,12 @@ class RunnerOptions:
                 raise unknown_name(name, getattr(self, name), known)
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise unknown_name("kv_dtype", self.kv_dtype, KV_DTYPES)
+        check_quantization(self.quantization, self.group_size)
+
+    @property
+    def stores_codes(self) -> bool:
+        """Quantised weights stay codes; otherwise numbers of the model's dtype take their place."""
+        return self.quantization == "fp8" or (self.quantization is not None and self.backend == "triton")
 
     def storage(self, dtype: torch.dtype) -> torch.dtype:
         """What the KV cache of a model in ``dtype`` stores."""
@@ -140,7 +151,8 @@ class EagerRunner:
         self.model, self.config, self.dtype, self.device = model, config, dtype, device
         is_triton = options.backend == "triton"
         self.ops = load_ops("triton", batch_invariant=options.batch_invariant) if is_triton else TORCH
-        self.decoder = Decoder(config, model.weights, dtype, device, self.ops)
+        stored = (options.quantization, options.group_size) if options.stores_codes else (None, None)
+        self.decoder = Decoder(config, model.weights, dtype, device, self.ops, *stored)
         self.kv_cache = KVCache(
             config.num_layers,
             num_blocks,
@@ -309,6 +321,8 @@ def _native_reason(
         return f"the native backend runs bfloat16 on the CPU, not {dtype} on {device}"
     if options.kv_dtype is not None:
         return f"the native backend has no KV cache in {options.kv_dtype}"
+    if options.quantization == "fp8":
+        return "the native backend has no products in fp8"
     for supported, reason in (cpu_decoder.is_available(), cpu_decoder.supports(native_spec(config))):
         if not supported:
             return reason
@@ -323,8 +337,14 @@ def make_runner(
     block_size: int,
     device: torch.device,
 ) -> Runner:
-    """A runner for ``model``; see :func:`choose_backend` for the errors."""
+    """A runner for ``model``, quantised as the options say.
+
+    Raises:
+        ValueError: see :func:`choose_backend`; weights that cannot be quantised so.
+    """
     options = choose_backend(options, model.config, dtype, device)
+    if not options.stores_codes:
+        model = quantized(model, options.quantization, options.group_size)
     if options.backend == "native":
         return NativeRunner(model, num_blocks, block_size)
     return EagerRunner(model, dtype, num_blocks, block_size, device, options)

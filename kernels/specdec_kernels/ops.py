@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from specdec_kernels.compact_kv import compact_kv
+from specdec_kernels.fp8_matmul import fp8_matmul, quantize_fp8
 from specdec_kernels.paged_attention import paged_attention
 from specdec_kernels.rms_norm import rms_norm
 from specdec_kernels.rope_store_kv import rope_store_kv
 from specdec_kernels.silu_mul import gelu_mul, silu_mul
+from specdec_kernels.wna16_matmul import wna16_matmul
 
 OPS = ("torch", "triton")
 
@@ -38,12 +40,27 @@ class Ops:
     silu_mul: Callable[..., Any]
     gelu_mul: Callable[..., Any]
     compact_kv: Callable[..., Any]
+    wna16_matmul: Callable[..., Any]
+    quantize_fp8: Callable[..., Any]
+    fp8_matmul: Callable[..., Any]
     filtered_probs: Callable[..., Any] | None = None
     verify: Callable[..., Any] | None = None
     verify_greedy: Callable[..., Any] | None = None
 
 
-TORCH = Ops("torch", F.linear, rms_norm, rope_store_kv, paged_attention, silu_mul, gelu_mul, compact_kv)
+TORCH = Ops(
+    "torch",
+    F.linear,
+    rms_norm,
+    rope_store_kv,
+    paged_attention,
+    silu_mul,
+    gelu_mul,
+    compact_kv,
+    wna16_matmul,
+    quantize_fp8,
+    fp8_matmul,
+)
 
 
 def triton_reason() -> str:
@@ -84,6 +101,7 @@ def load_ops(name: str, *, batch_invariant: bool = False) -> Ops:
     if reason := triton_reason():
         raise ValueError(f"ops 'triton' cannot run: {reason}")
     from specdec_kernels.compact_kv import triton as compact
+    from specdec_kernels.fp8_matmul import triton as fp8
     from specdec_kernels.linear import triton as linear
     from specdec_kernels.paged_attention import triton as attention
     from specdec_kernels.rms_norm import triton as norm
@@ -91,6 +109,7 @@ def load_ops(name: str, *, batch_invariant: bool = False) -> Ops:
     from specdec_kernels.sample import triton as sample
     from specdec_kernels.silu_mul import triton as activations
     from specdec_kernels.verify import triton as verify
+    from specdec_kernels.wna16_matmul import triton as wna16
 
     return Ops(
         "triton",
@@ -101,6 +120,9 @@ def load_ops(name: str, *, batch_invariant: bool = False) -> Ops:
         activations.silu_mul,
         activations.gelu_mul,
         compact.compact_kv,
+        partial(wna16.wna16_matmul, batch_invariant=batch_invariant),
+        fp8.quantize_fp8,
+        partial(fp8.fp8_matmul, batch_invariant=batch_invariant),
         sample.filtered_probs,
         verify.verify,
         verify.verify_greedy,

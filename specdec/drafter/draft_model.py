@@ -19,7 +19,7 @@ from torch import Tensor
 from specdec.drafter.autoregressive import AutoregressiveDrafter
 from specdec.drafter.base import Draft, DraftHost, Verified
 from specdec.model.prune import pruner
-from specdec.model.quantize import check_quantization, quantized
+from specdec.model.quantize import check_quantization
 from specdec.model.weights import LoadedModel, check_same_vocabulary, load_model
 from specdec.rows import StepInput
 from specdec.runner import make_runner
@@ -32,9 +32,9 @@ class DraftModelDrafter(AutoregressiveDrafter):
     model: name, path or loaded model, as for the target.
     backend: "auto" (the target's), "eager", "native" or "triton".
     tree: what to draft; see ``AutoregressiveDrafter``.
-    quantization: "int4" or "int8" drafts with a copy whose linear layers are quantised; see
-        ``specdec.model.quantize``: it is accepted as such a model is, though not as fast.
-    group_size: of the quantisation.
+    quantization: "int4", "int8" or "fp8" drafts with a copy whose linear layers are quantised; see
+        ``specdec.model.quantize``: it is accepted as such a model is, though only on triton as fast.
+    group_size: of int4 or int8.
     pruning: drafts with a pruned copy, as ``specdec.model.prune.prune_model`` takes it, e.g. {"name": "layers",
         "num_drop": 5}. Pruning comes before quantisation.
 
@@ -67,8 +67,9 @@ class DraftModelDrafter(AutoregressiveDrafter):
         check_same_vocabulary(target.model, loaded)
         if self._prune is not None:
             loaded = self._prune(loaded)
-        loaded = quantized(loaded, self.quantization, self.group_size)
-        options = target.options
+        options = replace(
+            target.options, quantization=self.quantization, group_size=self.group_size
+        )  # not the target's
         if self.backend != "auto":
             is_eager = (
                 self.backend == "eager"

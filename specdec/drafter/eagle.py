@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from specdec_kernels.ops import TORCH
 from torch import Tensor
 
 from specdec.drafter.base import Draft, DraftHost, Verified
@@ -69,7 +70,7 @@ class EagleDrafter:
             "chain", drawn from the head's law.
         top_k: children per expanded node of a tree, and nodes expanded per level.
         depth: most levels of a tree.
-        backend: "auto" (the target's), "eager" or "native".
+        backend: "auto" (the target's, with its ops), "eager" or "native".
     """
 
     name = "eagle"
@@ -109,7 +110,13 @@ class EagleDrafter:
         self._top_k = min(self.top_k, token_ids.numel())
         backend = target.backend if self.backend == "auto" else self.backend
         self._runner = make_head_runner(
-            self._head, self._borrowed, config, backend, host.num_blocks, host.block_size
+            self._head,
+            self._borrowed,
+            config,
+            backend,
+            host.num_blocks,
+            host.block_size,
+            target.ops if self.backend == "auto" else TORCH,
         )
         stride = host.state.tokens.shape[1] + 1
         self._pending = PendingHidden(len(self.captures), config.hidden_size, stride, target.device)

@@ -1,6 +1,6 @@
 """A head's decoder layer over a paged KV cache: inputs in, logits over the draft vocabulary and outputs out.
 
-Like a model (``specdec.runner``) it has an eager backend in plain torch and a native one in C++.
+Like a model (``specdec.runner``) it runs over torch's ops or Triton's, or natively in C++.
 Legend: T tokens of a pass, N rows of logits, D draft vocabulary, H hidden size.
 """
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from specdec_kernels import cpu_decoder
 from specdec_kernels.cpu_decoder.layers import CpuLayers
-from specdec_kernels.paged_attention import paged_attention, store_kv
+from specdec_kernels.ops import TORCH, Ops
 from torch import Tensor
 
 from specdec.heads.borrowed import Borrowed
@@ -44,9 +44,15 @@ class HeadRunner(Protocol):
 
 
 class EagerHeadRunner:
-    def __init__(self, head: EagleHead, borrowed: Borrowed, num_blocks: int, block_size: int) -> None:
+    """As ``specdec.model.decoder`` computes a layer, over the same ops."""
+
+    def __init__(
+        self, head: EagleHead, borrowed: Borrowed, num_blocks: int, block_size: int, ops: Ops = TORCH
+    ) -> None:
         shape, device = head.shape, head.mix.device
-        self.head, self.borrowed, self.device = head, borrowed, device
+        self.head, self.borrowed, self.device, self.ops = head, borrowed, device, ops
+        self._qkv = torch.cat([head.q, head.k, head.v])
+        self._gate_up = torch.cat([head.gate, head.up])
         self._kv_cache = KVCache(
             1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim, head.mix.dtype, device
         )
@@ -56,22 +62,29 @@ class EagerHeadRunner:
         def put(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
+        ops, head, shape = self.ops, self.head, self.head.shape
         positions, (keys, values) = put(batch.positions), (self._kv_cache.k[0], self._kv_cache.v[0])
-        q, k, v = self.head.project(x, positions)
-        store_kv(k, v, keys, values, put(batch.slot_mapping))
-        attended = paged_attention(
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        normed = ops.rms_norm(x, head.attn_norm, shape.norm_eps)
+        qkv = ops.linear(normed, self._qkv).unflatten(-1, (sum(heads), shape.head_dim))
+        q, k, v = qkv.split(heads, dim=1)
+        slots = put(batch.slot_mapping)
+        q = ops.rope_store_kv(q, k, v, positions, head.inv_freq, keys, values, slots)
+        attended = ops.paged_attention(
             q,
             keys,
             values,
             put(batch.query_start),
             put(batch.context_lens),
             put(batch.block_tables),
-            self.head.shape.head_dim**-0.5,
+            shape.head_dim**-0.5,
             tree_mask=None if batch.tree_mask is None else put(batch.tree_mask),
             positions=positions,
         )
         wanted = put(batch.logit_rows)
-        outputs = self.head.finish(x[wanted], attended[wanted])
+        added = ops.linear(attended[wanted].flatten(1), head.o)
+        normed, hidden = ops.rms_norm(x[wanted], head.mlp_norm, shape.norm_eps, residual=added)
+        outputs = hidden + ops.linear(ops.silu_mul(ops.linear(normed, self._gate_up)), head.down)
         return self.borrowed.logits(outputs), outputs
 
     def copy_blocks(self, copies: IntArray) -> None:
@@ -133,9 +146,15 @@ def native_head_spec(head: EagleHead, borrowed: Borrowed, config: ModelConfig) -
 
 
 def make_head_runner(
-    head: EagleHead, borrowed: Borrowed, config: ModelConfig, backend: str, num_blocks: int, block_size: int
+    head: EagleHead,
+    borrowed: Borrowed,
+    config: ModelConfig,
+    backend: str,
+    num_blocks: int,
+    block_size: int,
+    ops: Ops = TORCH,
 ) -> HeadRunner:
-    """A runner on the target's ``backend``, or the eager one for a head that the native cannot run."""
+    """A native runner if that is the ``backend`` and can run the head, else one over ``ops``."""
     if backend == "native" and cpu_decoder.supports(native_head_spec(head, borrowed, config))[0]:
         return NativeHeadRunner(head, borrowed, config, num_blocks, block_size)
-    return EagerHeadRunner(head, borrowed, num_blocks, block_size)
+    return EagerHeadRunner(head, borrowed, num_blocks, block_size, ops)

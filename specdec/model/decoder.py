@@ -6,7 +6,7 @@ are those of ``specdec.model.names``. Legend: T tokens, D head dimension, N toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.model.batch import Captured, ForwardBatch
 from specdec.model.config import ModelConfig
+from specdec.model.linear import Linear, LinearMaker
 
 
 class PagedCache(Protocol):
@@ -33,16 +34,14 @@ class Layer:
     """Weights of one block; projections that share an input are fused along their outputs."""
 
     attn_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
+    o: Linear
     post_attn_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
     post_mlp_norm: Tensor | None
     inv_freq: Tensor
     sliding_window: int | None
@@ -57,6 +56,10 @@ class Decoder:
         dtype: of weights and activations. Norms, rotations, softmax and logits are computed in float32.
         device: where it runs.
         ops: what it is made of.
+        quantization, group_size: of the linear layers, which are stored so; see ``specdec.model.linear``.
+
+    Raises:
+        ValueError: inputs of a linear layer that do not divide into groups.
     """
 
     def __init__(
@@ -66,48 +69,48 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device | str,
         ops: Ops = TORCH,
+        quantization: str | None = None,
+        group_size: int | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self._ops = config, dtype, torch.device(device), ops
         self._activate = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}[config.activation]
+        embed = weights["embed"].to(self.device, dtype)
+        head = weights.get("lm_head")
+        self._embed = embed
+        self._final_norm = weights["final_norm"].to(self.device, dtype)
+        self._head = embed if head is None else head.to(self.device, dtype)
+        maker = LinearMaker(
+            ops=ops, dtype=dtype, device=self.device, quantization=quantization, group_size=group_size
+        )
+        self._layers = [self._layer(index, weights, maker) for index in range(config.num_layers)]
 
-        def get(name: str) -> Tensor | None:
-            return weights[name].to(self.device, dtype) if name in weights else None
+    def _layer(self, index: int, weights: Mapping[str, Tensor], maker: LinearMaker) -> Layer:
+        prefix = f"layers.{index}."
 
-        embed, final_norm = get("embed"), get("final_norm")
-        assert embed is not None
-        assert final_norm is not None
-        head = get("lm_head")
-        self._embed, self._final_norm = embed, final_norm
-        self._head = embed if head is None else head
-        self._layers = [self._layer(index, get) for index in range(config.num_layers)]
+        def norm(name: str) -> Tensor | None:
+            weight = weights.get(prefix + name)
+            return None if weight is None else weight.to(self.device, self.dtype)
 
-    def _layer(self, index: int, get: Callable[[str], Tensor | None]) -> Layer:
-        def one(name: str) -> Tensor | None:
-            return get(f"layers.{index}.{name}")
+        def linear(*names: str) -> Linear:
+            biases = [weights[key] for name in names if (key := f"{prefix}{name}_bias") in weights]
+            return maker.make(prefix + names[0], [weights[prefix + name] for name in names], biases)
 
-        def fuse(*names: str) -> Tensor | None:
-            parts = [one(name) for name in names]
-            return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
-
-        kept = [
-            "attn_norm",
-            "q_norm",
-            "k_norm",
-            "o",
-            "o_bias",
-            "post_attn_norm",
-            "mlp_norm",
-            "down",
-            "post_mlp_norm",
-        ]
+        norms = ("attn_norm", "q_norm", "k_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
         return Layer(
-            **{name: one(name) for name in kept},  # type: ignore[arg-type]
-            qkv=fuse("q", "k", "v"),  # type: ignore[arg-type]
-            qkv_bias=fuse("q_bias", "k_bias", "v_bias"),
-            gate_up=fuse("gate", "up"),  # type: ignore[arg-type]
+            **{name: norm(name) for name in norms},  # type: ignore[arg-type]
+            qkv=linear("q", "k", "v"),
+            o=linear("o"),
+            gate_up=linear("gate", "up"),
+            down=linear("down"),
             inv_freq=self.config.inv_freq(index).to(self.device),
             sliding_window=self.config.sliding_window[index],
         )
+
+    @property
+    def linear_bytes(self) -> int:
+        """Memory of the layers' linear weights, their scales and biases included."""
+        linears = [one for layer in self._layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return sum(tensor.nbytes for linear in linears for tensor in linear.tensors)
 
     def forward(
         self,
@@ -142,7 +145,7 @@ class Decoder:
             if layer.post_attn_norm is not None:
                 attended = self._norm(attended, layer.post_attn_norm)
             x, hidden = self._add_norm(hidden, attended, layer.mlp_norm)
-            out: Tensor = self._ops.linear(self._activate(self._ops.linear(x, layer.gate_up)), layer.down)
+            out = layer.down(self._activate(layer.gate_up(x)))
             mixed = out if layer.post_mlp_norm is None else self._norm(out, layer.post_mlp_norm)
             if captured is not None and index in places:
                 captured.hidden[places[index]] = hidden + mixed
@@ -165,7 +168,7 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        qkv = self._ops.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (sum(heads), config.head_dim))
+        qkv = layer.qkv(x).unflatten(-1, (sum(heads), config.head_dim))
         q, k, v = qkv.split(heads, dim=1)
         k_cache, v_cache = kv_cache.k[index], kv_cache.v[index]
         scales = {"k_scale": kv_cache.k_scale[index], "v_scale": kv_cache.v_scale[index]}
@@ -197,7 +200,7 @@ class Decoder:
             positions=batch.positions,
             **scales,
         )
-        return self._ops.linear(out.flatten(1), layer.o, layer.o_bias)
+        return layer.o(out.flatten(1))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and softcap: [N, hidden_size] to float32 [N, vocab_size]."""

@@ -1,6 +1,8 @@
-"""Weight-only quantisation of a model in memory: each linear weight is moved to the nearest point of its group's grid.
+"""Quantisation of a model's linear layers: int4 and int8 round weights to their group's grid; fp8 activations as well.
 
-The values stay in the model's dtype ("fake quantisation"), each grid point rounded to it. So a copy has the acceptance
+Triton's backend stores the codes and multiplies with them (``specdec.model.linear``). The others run int4 and int8 on a
+copy of the model that :func:`quantize_model` makes: each weight is moved to the nearest point of its group's grid, and
+the values stay in the model's dtype ("fake quantisation"), each grid point rounded to it. So a copy has the acceptance
 and the quality of a model with 4- or 8-bit weights; it has neither its size nor its speed.
 
 >>> copy = quantize_model(load_model("smollm2-135m"), bits=4, group_size=32)
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from specdec_kernels.wna16_matmul.weights import dequantize, quantize
+from specdec_kernels.wna16_matmul import QuantizedWeight, dequantize, quantize
 from torch import Tensor
 
 from specdec.model.weights import LoadedModel
@@ -21,6 +23,7 @@ LINEAR = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 """Weights of a layer's matrix products."""
 HEAD = frozenset({"embed", "lm_head"})
 BITS = {"int4": 4, "int8": 8}
+QUANTIZATIONS = (*BITS, "fp8")
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 32
 
@@ -44,25 +47,32 @@ def quantize_model(
     _check_group_size(group_size)
 
     def quantise(name: str, weight: Tensor) -> Tensor:
-        if weight.shape[1] % group_size:
-            fitting = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
-            remedy = f"use group_size={fitting[0]}" if fitting else "this model cannot be quantised in groups"
-            raise ValueError(
-                f"{name} has {weight.shape[1]} inputs, which do not divide into groups of group_size={group_size}: "
-                f"{remedy}"
-            )
-        return on_grid(weight, bits, group_size)
+        return dequantize(quantize_weight(name, weight, bits, group_size)).to(weight.dtype)
 
     return map_linear(model, quantise, head=head)
 
 
-def on_grid(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """``weight`` [outputs, inputs] at the nearest points of its groups' grids, in its own dtype.
+def quantize_weight(name: str, weight: Tensor, bits: int, group_size: int | None = None) -> QuantizedWeight:
+    """The codes of ``weight`` [outputs, inputs]: the nearest points of its groups' grids.
 
     A group's grid has 2^bits points at equal distances, from its smallest weight to its largest, with a float16 scale
-    and minimum, as ``specdec_kernels.wna16_matmul`` stores it.
+    and minimum.
+
+    Args:
+        name: for messages.
+        group_size: default ``GROUP_SIZE``.
+
+    Raises:
+        ValueError: inputs that do not divide into groups.
     """
-    return dequantize(quantize(weight.contiguous(), bits, group_size)).to(weight.dtype)
+    size = GROUP_SIZE if group_size is None else group_size
+    if weight.shape[1] % size:
+        fitting = [other for other in GROUP_SIZES if weight.shape[1] % other == 0]
+        remedy = f"use group_size={fitting[0]}" if fitting else "this model cannot be quantised in groups"
+        raise ValueError(
+            f"{name} has {weight.shape[1]} inputs, which do not divide into groups of group_size={size}: {remedy}"
+        )
+    return quantize(weight.contiguous(), bits, size)
 
 
 def map_linear(
@@ -86,25 +96,28 @@ def map_linear(
 
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:
-    """Check options as users give them: ``"int4"``, ``"int8"`` or ``None``, and a group size or ``None``.
+    """Check options as users give them: one of ``QUANTIZATIONS`` or ``None``, and a group size or ``None``.
 
     Raises:
-        ValueError: an unknown name or group size, or a group size without quantisation.
+        ValueError: an unknown name or group size, or a group size where there are no groups.
     """
-    if quantization is None:
-        if group_size is not None:
-            raise ValueError(
-                f"group_size={group_size} is for quantisation only: add quantization=int4 or int8, or leave it out"
-            )
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise unknown_name("quantization", quantization, QUANTIZATIONS)
+    if group_size is None:
         return
-    if quantization not in BITS:
-        raise unknown_name("quantization", quantization, BITS)
-    if group_size is not None:
-        _check_group_size(group_size)
+    if quantization is None:
+        raise ValueError(
+            f"group_size={group_size} is for quantisation only: add quantization=int4 or int8, or leave it out"
+        )
+    if quantization == "fp8":
+        raise ValueError(
+            f"group_size={group_size}: fp8 has one scale for each output channel; use int4 or int8, or leave it out"
+        )
+    _check_group_size(group_size)
 
 
 def quantized(model: LoadedModel, quantization: str | None, group_size: int | None = None) -> LoadedModel:
-    """``model`` quantised as users ask for it, or itself where they do not.
+    """A copy of ``model`` quantised to int4 or int8, or itself where ``quantization`` is ``None``.
 
     Raises:
         ValueError: see :func:`check_quantization` and :func:`quantize_model`.
@@ -112,6 +125,7 @@ def quantized(model: LoadedModel, quantization: str | None, group_size: int | No
     check_quantization(quantization, group_size)
     if quantization is None:
         return model
+    assert quantization in BITS, "fp8 rounds activations too, which a copy does not"
     return quantize_model(model, BITS[quantization], GROUP_SIZE if group_size is None else group_size)
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from specdec import LLM, SamplingParams
+from specdec.drafter.eagle import EagleDrafter
 from specdec.graphs import TOKEN_SIZES, size_of
+from specdec.heads.runner import EagerHeadRunner
 from specdec.model.batch import Captured
 from specdec.rows import RowState, StepInput
 from specdec.runner import EagerRunner, RunnerOptions
@@ -91,6 +93,24 @@ def drafter(name: str, model_dir: Path, heads: dict[str, str]):
 def test_every_drafter_gives_the_tokens_of_plain_decoding(name, plain, triton, model_dir, heads):
     triton.configure(drafter(name, model_dir, heads), num_drafts=4, max_num_seqs=3)
     assert tokens_of(triton, GREEDY) == plain
+
+
+@pytest.mark.gpu
+def test_a_head_says_over_triton_what_it_says_over_torch(eager, triton, model_dir, heads):
+    x = torch.randn(6, eager.runner.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    counts = np.array([4, 2], np.int32)
+    found = []
+    for llm in (eager, triton):
+        llm.configure(drafter("eagle", model_dir, heads), num_drafts=4, max_num_seqs=3)
+        eagle = llm.engine.drafter
+        assert isinstance(eagle, EagleDrafter)
+        runner = eagle._runner
+        assert isinstance(runner, EagerHeadRunner) and runner.ops is llm.runner.ops
+        table, start = np.arange(4, dtype=np.int32).reshape(2, 2), np.zeros(2, np.int32)
+        batch = StepInput(RowState(2, 8, 8), table, 4, np.arange(2), start, counts, counts)
+        found.append([part.cpu() for part in runner.forward(x.to(llm.runner.device), batch)])
+    for one, other in zip(*found, strict=True):
+        assert one.std() > 0.1 and torch.allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.gpu

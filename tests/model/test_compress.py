@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from specdec_kernels.wna16_matmul import dequantize
 
 from experiments import common
 from specdec import LLM, SamplingParams
@@ -14,7 +15,7 @@ from specdec.drafter import make_drafter
 from specdec.drafter.draft_model import DraftModelDrafter
 from specdec.model import prune, quantize
 from specdec.model.prune import prune_model
-from specdec.model.quantize import LINEAR, quantize_model, quantized
+from specdec.model.quantize import LINEAR, quantize_model, quantize_weight, quantized
 from specdec.model.weights import LoadedModel, load_model
 from tests.helpers.models import VOCAB_SIZE, tiny_model_dir
 from tests.test_configs import build
@@ -88,8 +89,8 @@ def test_quantising_again_changes_nothing(model_dir):
 
 def test_a_constant_group_stays_what_it_is():
     weight = torch.full((2, 32), 0.375)
-    assert torch.equal(quantize.on_grid(weight, 4, 32), weight)
-    assert torch.equal(quantize.on_grid(torch.zeros(2, 64), 8, 32), torch.zeros(2, 64))
+    assert torch.equal(dequantize(quantize_weight("q", weight, 4, 32)), weight)
+    assert torch.equal(dequantize(quantize_weight("q", torch.zeros(2, 64), 8, 32)), torch.zeros(2, 64))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
@@ -229,6 +230,7 @@ def test_options_compose(model_dir):
         (["model.quantization=int5"], "model.quantization"),
         (["model.group_size=64"], "for quantisation only: add model.quantization=int4"),
         (["drafter=draft_model", "drafter.quantization=int4", "drafter.group_size=16"], "must be one of"),
+        (["model.quantization=fp8", "model.group_size=64"], "model.group_size=64: fp8 has one scale"),
         (["drafter=draft_model", "drafter.pruning={name: layer}"], "did you mean layers"),
     ],
 )
@@ -238,5 +240,5 @@ def test_wrong_options_are_refused_by_name(overrides, message):
 
 
 def test_names_in_the_schemas_are_those_of_the_code():
-    assert tuple(quantize.BITS) == QUANTIZATIONS and GROUP_SIZES == quantize.GROUP_SIZES
+    assert quantize.QUANTIZATIONS == QUANTIZATIONS and GROUP_SIZES == quantize.GROUP_SIZES
     assert tuple(prune.PRUNERS) == PRUNERS
