@@ -3,6 +3,7 @@
 python -m specdec.run +experiment=validate validate.run=BENCH_DIR validate.profile=PROFILE_DIR
 python -m specdec.run +experiment=validate validate.silicon=silicon_sample.csv
 python -m specdec.run +experiment=validate validate.published=true
+python -m specdec.run +experiment=validate validate.own=true engine.max_num_seqs=8
 """
 
 from __future__ import annotations
@@ -35,9 +36,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         found, section = validation_published.run(config, run)
         summary |= found
         sections.append(section)
+    if options.own:
+        from experiments import validation_own
+
+        found, section = validation_own.run(config, run)
+        summary |= found
+        sections.append(section)
     if not sections:
         raise ValueError(
-            "nothing to validate: give validate.run with validate.profile, validate.silicon or validate.published=true"
+            "nothing to validate: give validate.run with validate.profile, validate.silicon, validate.published=true "
+            "or validate.own=true"
         )
     page = run.directory / "report.md"
     page.write_text("# Predictions against measurements\n\n" + "\n".join(sections))

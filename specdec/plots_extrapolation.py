@@ -336,8 +336,9 @@ def cost_front(rows: Sequence[Mapping[str, Any]], slo_tpot_s: float) -> Figure:
     )
     for row in front:
         text = f"{row['replicas']} × {row['tensor_parallel']} {row['chip']}\n{row['case'].replace('_', ' ')}"
-        place = {"textcoords": "offset points", "fontsize": 7.5, "color": INK, "va": "bottom"}
-        axes.annotate(text, (row["usd_per_hour"], 1e3 * row["tpot_p99_s"]), (5, 4), **place)
+        # Below and left of the front is nothing: a fleet there would be the front.
+        place = {"textcoords": "offset points", "fontsize": 7.5, "color": INK, "va": "top", "ha": "right"}
+        axes.annotate(text, (row["usd_per_hour"], 1e3 * row["tpot_p99_s"]), (-5, -3), **place)
     axes.axhline(1e3 * slo_tpot_s, color=PALETTE[5], linewidth=1.0, linestyle=(0, (4, 2)), label="SLO")
     axes.scatter([], [], s=34, facecolors="none", edgecolors=MUTED, label="outside the SLO")
     axes.set_xscale("log")
