@@ -68,7 +68,7 @@ class TrainDraftConfig:
     weight_decay: float = 0.01
     num_steps: int | None = None
     epochs: int = 8
-    tokens_per_step: int = 2048
+    tokens_per_step: int = 512
     dtype: str = "auto"
     checkpoint_s: float = 60.0
     num_evals: int = 8

@@ -224,7 +224,7 @@ SMOLLM2_DRAFTERS = {
     "synthetic_tree": {"name": "synthetic", "alpha": 0.8, "width": 3},
     "merged": MERGED,
 }
-SMOLLM2_GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
+SMOLLM2_GREEDY = SamplingParams(max_tokens=10, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
