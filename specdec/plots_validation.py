@@ -21,6 +21,7 @@ from specdec.plots import (
     _need,
     _style,
 )
+from specdec.plots_load import _plain_ticks
 
 FloatArray = NDArray[np.float64]
 _NAMES = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "End to end"}
@@ -86,6 +87,8 @@ def row_scatter(
             every += [real, ours]
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_ticks(axis)
         _diagonal(axes, np.concatenate(every), share=0.1)
         _style(axes, heading, f"measured, {unit}", f"predicted, {unit}")
     _legend_below(figure, drawn[0])
