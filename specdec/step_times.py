@@ -34,7 +34,15 @@ log = logging.getLogger(__name__)
 
 BUDGET_S = 4.0
 MAX_ROUNDS = 7
-MIN_SIZES = 4  # 1, 2, 4 and 8 tokens, however slow the device
+_FEW = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+)  # a lone row chooses among these, and times need not lie on a line between powers of two
+MIN_SIZES = len(_FEW)  # however slow the device
 PROVISIONAL = {"step_tokens": (1, 2), "step_s": (1.0, 1.0)}
 """Times that stand in for those that are yet to be measured, for what checks the other options."""
 _CONTEXT = 1024  # tokens of each row, where the limits allow so many
@@ -297,9 +305,8 @@ class _Passes:
 
     def sizes_within(self, longest_s: float) -> list[int]:
         """Numbers of tokens whose pass takes at most about ``longest_s``, and the smallest; they are warm then."""
-        sizes = [1 << power for power in range(self._most.bit_length())]
-        if sizes[-1] < self._most:
-            sizes.append(self._most)
+        powers = [1 << power for power in range(self._most.bit_length())]
+        sizes = sorted({*(few for few in _FEW if few <= self._most), *powers, self._most})
         chosen: list[int] = []
         last_s = 0.0
         for tokens in sizes:
