@@ -51,8 +51,11 @@ class SyntheticDrafter:
         self._vocab_size = host.target.config.vocab_size
 
     def record(self, prompt: IntArray, output: IntArray) -> None:
-        """Remember the target's greedy ``output`` for ``prompt``, int32 both."""
-        self._references[prompt.tobytes()] = np.concatenate([prompt, output])
+        """Remember the target's greedy ``output`` for ``prompt``, int32 both; of several, the longest, which the others
+        begin."""
+        known = self._references.get(prompt.tobytes())
+        if known is None or known.size < prompt.size + output.size:
+            self._references[prompt.tobytes()] = np.concatenate([prompt, output])
 
     def propose(self, plan: StepPlan) -> Draft:
         most = int(plan.num_drafts.max(initial=0))
