@@ -16,7 +16,7 @@ from specdec.names import unknown_name
 from specdec.output import TokenLogprobs
 from specdec.random import Stream, uniforms
 from specdec.rows import RowState
-from specdec.sampling import PenaltyRow, apply_penalties, find_nan_rows, top_logprobs
+from specdec.sampling import PenaltyRow, apply_penalties, greatest, top_logprobs
 from specdec.scheduler.plan import IntArray, LongArray, StepPlan
 from specdec.tree import Tree
 from specdec.verify import verify_chains, verify_greedy, verify_greedy_trees, verify_tree
@@ -85,18 +85,23 @@ class Acceptor:
             return chosen
         counts = draft.num_drafted[emitting] + 1
         chosen.logit_start[emitting] = np.cumsum(counts) - counts
-        if self._device is None:
-            self._check_finite(plan, emitting, counts, logits)
         penalised = self._penalise(plan, draft, emitting, chosen.logit_start, logits)
         greedy = self._state.temperature[plan.rows[emitting]] == 0
         next_token = np.zeros(size, np.int64)
-        for mask, decide in ((greedy, self._verify_greedy), (~greedy, self._verify_sampled)):
-            if mask.any():
-                some = emitting[mask]
-                if self._device:
-                    next_token[some] = self._verify_on_device(plan, draft, some, penalised, chosen)
+        parts = [some for some in (emitting[greedy], emitting[~greedy]) if some.size]
+        if self._device:
+            for some in parts:
+                next_token[some] = self._verify_on_device(plan, draft, some, penalised, chosen)
+        else:
+            argmax, peaks = greatest(logits)
+            self._check_finite(plan, emitting, counts, peaks)
+            if penalised is not logits:
+                argmax, _ = greatest(penalised)
+            for some in parts:
+                if self._state.temperature[plan.rows[some[0]]] == 0:
+                    next_token[some] = self._verify_greedy(draft, some, argmax, chosen)
                 else:
-                    next_token[some] = decide(plan, draft, some, penalised, chosen)
+                    next_token[some] = self._verify_sampled(plan, draft, some, penalised, chosen)
         chosen.emitted[:, :width] = np.take_along_axis(draft.tokens, chosen.path, axis=1)
         chosen.emitted[emitting, chosen.num_accepted[emitting]] = next_token[emitting]
         self._log_probs(plan, draft, emitting, logits, chosen)
@@ -116,11 +121,10 @@ class Acceptor:
             raise _unusable(plan, some[next_token < 0])
         return next_token
 
-    def _verify_greedy(
-        self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
-    ) -> LongArray:
-        """Fill the accepted part of ``chosen`` for the rows ``some`` of the plan; the token that follows each."""
-        argmax = logits.argmax(dim=-1).numpy(force=True)[_positions(draft, some, chosen.logit_start)]
+    def _verify_greedy(self, draft: Draft, some: LongArray, best: LongArray, chosen: Selection) -> LongArray:
+        """Fill the accepted part of ``chosen`` for the rows ``some`` of the plan, given the likeliest token by row of
+        logits, int64 [N]; the token that follows each."""
+        argmax = best[_positions(draft, some, chosen.logit_start)]
         tokens, num_drafted = draft.tokens[some], draft.num_drafted[some]
         if draft.parents is None:
             chosen.num_accepted[some], next_token = verify_greedy(argmax, tokens, num_drafted)
@@ -178,11 +182,12 @@ class Acceptor:
         return next_token
 
     def _check_finite(
-        self, plan: StepPlan, emitting: LongArray, counts: NDArray[np.int32], logits: Tensor
+        self, plan: StepPlan, emitting: LongArray, counts: NDArray[np.int32], peaks: NDArray[np.float32]
     ) -> None:
-        bad = find_nan_rows(logits)
-        if len(bad):
-            raise _unusable(plan, np.unique(np.repeat(emitting, counts)[np.asarray(bad)]))
+        """A row's greatest logit is NaN if any is, and infinite if the row has no law."""
+        bad = ~np.isfinite(peaks)
+        if bad.any():
+            raise _unusable(plan, np.unique(np.repeat(emitting, counts)[bad]))
 
     def _penalise(
         self, plan: StepPlan, draft: Draft, emitting: LongArray, logit_start: LongArray, logits: Tensor

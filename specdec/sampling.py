@@ -30,9 +30,17 @@ _TOP_P_CANDIDATES = 1024
 RowValues = NDArray[Any] | Tensor
 
 
-def find_nan_rows(logits: Tensor) -> list[int]:
-    """Rows of logits [N, V] that cannot be sampled from: with NaN or +inf, or -inf throughout. One pass."""
-    return _unusable_rows(logits.amax(-1))
+def greatest(logits: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Place int64 [N] and value float32 [N] of the greatest of each row of logits [N, V]; of a NaN if there is one.
+
+    On a CPU by NumPy, whose search is several times as fast as torch's.
+    """
+    if logits.device.type == "cpu":
+        array = logits.numpy()
+        places = array.argmax(axis=-1)
+        return places, array[np.arange(len(array)), places]
+    values, places = logits.max(dim=-1)
+    return places.numpy(force=True), values.numpy(force=True)
 
 
 def process_logits(
@@ -56,10 +64,10 @@ def process_logits(
         float32 [N, V].
 
     Raises:
-        ValueError: naming the rows that :func:`find_nan_rows` finds.
+        ValueError: naming rows that cannot be sampled from, with NaN or +inf, or -inf throughout.
     """
     peak = logits.amax(-1)
-    bad_rows = _unusable_rows(peak)
+    bad_rows = torch.nonzero(~torch.isfinite(peak))[:, 0].tolist()
     if bad_rows:
         raise ValueError(f"logits of rows {bad_rows} are NaN or infinite: check the model and its inputs")
     temperatures = _column(temperature, logits, torch.float32)
@@ -230,11 +238,6 @@ def _take_rows(scaled: Tensor, rows: Tensor) -> Tensor:
 
 def _one_hot_argmax(logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-
-
-def _unusable_rows(peak: Tensor) -> list[int]:
-    """A row's maximum [N] is NaN if any entry is, and infinite if the row cannot be normalised."""
-    return torch.nonzero(~torch.isfinite(peak))[:, 0].tolist()
 
 
 def _column(values: RowValues | float, logits: Tensor, dtype: torch.dtype) -> Tensor:

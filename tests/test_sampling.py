@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 from specdec.sampling import (
     PenaltyRow,
     apply_penalties,
-    find_nan_rows,
+    greatest,
     process_logits,
     sample_from_probs,
     top_logprobs,
@@ -131,10 +131,17 @@ def test_strictest_filters_keep_the_most_likely_token():
 def test_unusable_logits_are_named():
     logits = random_logits(4, 33)
     logits[1, 7], logits[2, 0], logits[3] = float("nan"), float("inf"), float("-inf")
-    assert find_nan_rows(logits) == [1, 2, 3]
     with pytest.raises(ValueError, match=r"rows \[1, 2, 3\]"):
         process_logits(logits, np.ones(4))
-    assert find_nan_rows(random_logits(2, 33)) == []
+
+
+def test_greatest_finds_places_and_shows_what_has_no_law():
+    logits = random_logits(5, 33)
+    logits[1, 7], logits[2, 0], logits[3], logits[4, 5] = float("nan"), float("inf"), float("-inf"), 9.0
+    places, peaks = greatest(logits)
+    assert places[[1, 2, 4]].tolist() == [7, 0, 5] and places[0] == logits[0].argmax()
+    assert np.isfinite(peaks).tolist() == [True, False, False, False, True]
+    assert peaks[0] == logits[0].max() and peaks[4] == 9.0
 
 
 def test_penalties_by_hand():
