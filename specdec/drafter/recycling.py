@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from specdec_kernels import cpu_decoder
 from torch import Tensor
 
 from specdec.drafter.base import Draft, DraftHost, Verified
@@ -63,6 +64,8 @@ class RecyclingDrafter:
         self._hits = PRIOR_COUNT * PRIOR_RATE * PRIOR_DECAY ** np.arange(k, dtype=np.float64)
         self._shapes: dict[int, Shape] = {}
         self._shaped_at = 0.0
+        native = host.target.backend == "native" and k <= cpu_decoder.MAX_TOP
+        self._likeliest = cpu_decoder.top if native else likeliest
 
     @property
     def rates(self) -> NDArray[np.float64]:
@@ -104,7 +107,7 @@ class RecyclingDrafter:
         self._hits += (seen == came[:, None]).sum(axis=0)
         tokens, places = self._positions(plan, known - counts, verified)
         # Choosing rows after the search is the cheaper order: a row of logits takes longer to copy than to search.
-        candidates = likeliest(verified.logits, self.successors.shape[1]).numpy(force=True)
+        candidates = self._likeliest(verified.logits, self.successors.shape[1]).numpy(force=True)
         self.successors[tokens] = candidates[places]
 
     def _positions(self, plan: StepPlan, known: IntArray, verified: Verified) -> tuple[LongArray, LongArray]:

@@ -16,6 +16,7 @@ from specdec_kernels.cpu_decoder import (
     bytes_per_block,
     is_available,
     supports,
+    top,
 )
 from specdec_kernels.cpu_decoder.reference import reference_forward
 from specdec_kernels.tolerances import LOGITS, scaled_error
@@ -321,6 +322,23 @@ def test_a_token_outside_the_vocabulary_is_caught(llama: Model, token: int) -> N
 def test_a_context_beyond_its_block_table_is_caught(llama: Model) -> None:
     with pytest.raises(AssertionError, match="block table is too short"):
         prefill(llama.decoder, range(33), [0], num_blocks=2)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(("size", "k"), [(8, 8), (49, 3), (4096, 8), (49152, 64)])
+def test_top_is_topk_and_takes_the_first_of_equals(size: int, k: int, flavour: str):
+    values = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+    assert torch.equal(top(values, k, flavour), values.topk(k).indices)
+    tied = (values * 4).round()
+    expected = torch.sort(tied, dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(top(tied, k, flavour), expected)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_top_leaves_out_what_is_no_number(flavour: str):
+    values = torch.full((2, 40), float("-inf"))
+    values[0, 3], values[0, 17], values[0, 35] = float("nan"), 1.0, 2.0
+    assert top(values, 3, flavour).tolist() == [[35, 17, -1], [-1, -1, -1]]
 
 
 @pytest.mark.parametrize(

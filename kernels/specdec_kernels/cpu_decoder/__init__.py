@@ -12,6 +12,23 @@ therefore equals greedy plain decoding exactly, in bfloat16.
 """
 
 from specdec_kernels.cpu_decoder.build import is_available
-from specdec_kernels.cpu_decoder.decoder import CpuDecoder, CpuKVCache, DecoderSpec, bytes_per_block, supports
+from specdec_kernels.cpu_decoder.decoder import (
+    MAX_TOP,
+    CpuDecoder,
+    CpuKVCache,
+    DecoderSpec,
+    bytes_per_block,
+    supports,
+    top,
+)
 
-__all__ = ["CpuDecoder", "CpuKVCache", "DecoderSpec", "bytes_per_block", "is_available", "supports"]
+__all__ = [
+    "MAX_TOP",
+    "CpuDecoder",
+    "CpuKVCache",
+    "DecoderSpec",
+    "bytes_per_block",
+    "is_available",
+    "supports",
+    "top",
+]

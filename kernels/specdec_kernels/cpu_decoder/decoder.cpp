@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "top.hpp"
 
 extern "C" {
 
@@ -342,6 +343,12 @@ void specdec_free_workspace(void* workspace) { delete static_cast<Workspace*>(wo
 
 void specdec_forward(const Model* model, const Step* step, void* workspace) {
   StepRunner(*model, *step, *static_cast<Workspace*>(workspace)).run();
+}
+
+// places [rows][k], see top_of_row; k <= MAX_TOP.
+void specdec_top(const float* values, int64_t* places, int32_t rows, int32_t size, int32_t k, int32_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int row = 0; row < rows; ++row) top_of_row(values + int64_t(row) * size, size, k, places + int64_t(row) * k);
 }
 
 void specdec_move_slots(const Moves* moves) {

@@ -161,6 +161,21 @@ class CpuKVCache:
         library().specdec_move_slots(ctypes.byref(moves))
 
 
+MAX_TOP = 64
+
+
+def top(values: Tensor, k: int, flavour: str | None = None) -> Tensor:
+    """Where the ``k`` <= ``MAX_TOP`` largest of each row of float32 ``values`` [N, V] are, int64 [N, k], largest first;
+    of equal values the first. Where a row has fewer numbers above minus infinity, -1.
+    """
+    num_rows, size = values.shape
+    assert values.dtype == torch.float32 and values.is_contiguous() and 0 < k <= MAX_TOP
+    places = torch.empty(num_rows, k, dtype=torch.int64)
+    threads = min(torch.get_num_threads(), max(num_rows, 1))
+    library(flavour).specdec_top(values.data_ptr(), places.data_ptr(), num_rows, size, k, threads)
+    return places
+
+
 class _Packer:
     """Lays matrices out one after another in a single huge-page buffer, in the order they are used."""
 

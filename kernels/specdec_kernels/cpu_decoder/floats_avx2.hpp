@@ -25,6 +25,14 @@ inline Floats select(Mask mask, Floats yes, Floats no) {
   return {_mm256_blendv_ps(no.low, yes.low, mask.low), _mm256_blendv_ps(no.high, yes.high, mask.high)};
 }
 
+// A bit for each lane with more than limit.
+inline unsigned lanes_above(Floats value, float limit) {
+  const auto bits = [&](__m256 half) {
+    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(half, _mm256_set1_ps(limit), _CMP_GT_OQ)));
+  };
+  return bits(value.low) | bits(value.high) << 8;
+}
+
 inline Floats zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Floats set1(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 inline Floats load(const float* source) { return {_mm256_loadu_ps(source), _mm256_loadu_ps(source + 8)}; }

@@ -43,4 +43,8 @@ inline Mask lanes_between(int first, int last) {
   return _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(first)) &
          _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(last));
 }
+// A bit for each lane with more than limit.
+inline unsigned lanes_above(Floats value, float limit) {
+  return _mm512_cmp_ps_mask(value, _mm512_set1_ps(limit), _CMP_GT_OQ);
+}
 inline Floats select(Mask mask, Floats yes, Floats no) { return _mm512_mask_blend_ps(mask, no, yes); }
