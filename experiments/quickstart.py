@@ -35,11 +35,11 @@ WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
 def _drafters(config: Config) -> dict[str, dict[str, Any]]:
-    """Options of those asked for; else lookup, layer skipping and the head that comes for this model, if one does."""
+    """Options of those asked for; else what needs no training, and the head that comes for this model, if one does."""
     head = shipped(f"experiments/artifacts/{config.model.name}-eagle3")
     names = config.experiment.drafters
     if names is None:
-        names = ["ngram", "layer_skip", *(["eagle"] if head else [])]
+        names = ["ngram", "merged", "layer_skip", *(["eagle"] if head else [])]
     options = {name: common.drafter_options(config, name) for name in names}
     if head and "eagle" in options:
         options["eagle"].setdefault("path", str(head))

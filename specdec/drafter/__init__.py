@@ -22,7 +22,7 @@ from specdec.drafter.synthetic import SyntheticDrafter
 from specdec.names import unknown_name
 
 
-def _merged(drafters: Sequence[str | Mapping[str, Any]] = ()) -> Drafter:
+def _merged(drafters: Sequence[str | Mapping[str, Any]] = ("suffix", "recycling")) -> Drafter:
     """A merged drafter of those that ``drafters`` name."""
     if isinstance(drafters, str | Mapping):
         raise ValueError(f"merged: drafters={drafters!r} must be a list of drafters")
@@ -52,7 +52,7 @@ __all__ = ["DRAFTERS", "Draft", "DraftHost", "Drafter", "make_drafter"]
 def make_drafter(spec: str | Mapping[str, Any] | None) -> Drafter | None:
     """The drafter that ``spec`` names: ``"ngram"``, ``{"name": "ngram", "max_ngram": 4}``, ``None`` or ``"none"``.
 
-    A merged one names its own: ``{"name": "merged", "drafters": ["suffix", {"name": "ngram", "max_ngram": 4}]}``.
+    A merged one may name its own: ``{"name": "merged", "drafters": ["suffix", {"name": "ngram", "max_ngram": 4}]}``.
 
     Raises:
         ValueError: unknown name (with the nearest ones), an option that the drafter does not have, or a

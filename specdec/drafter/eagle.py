@@ -154,7 +154,9 @@ class EagleDrafter:
     def _enter(self, plan: StepPlan) -> None:
         """Find how much of a newcomer's cached prefix the head's cache holds as well."""
         table, size = self._host.table, self._host.block_size
-        self._owner[np.isin(self._owner, np.concatenate([plan.preempted, plan.admitted]))] = -1
+        left = np.concatenate([plan.preempted, plan.admitted])
+        if left.size:
+            self._owner[np.isin(self._owner, left)] = -1
         new = np.flatnonzero(self._owner[plan.rows] != plan.request_ids)
         self._pending.drop(plan.rows[new])
         for index in new.tolist():

@@ -43,7 +43,9 @@ class PendingHidden:
 
     def drop(self, rows: LongArray) -> None:
         """Forget the states of ``rows``."""
-        kept = np.flatnonzero(~np.isin(self._keys // self._stride, rows))
+        if rows.size == 0 or self._keys.size == 0:
+            return
+        kept = np.flatnonzero((self._keys[:, None] // self._stride != rows).all(axis=1))
         if kept.size < self._keys.size:
             self._keys = self._keys[kept]
             self._hidden = self._hidden[:, torch.from_numpy(kept).to(self._hidden.device)]

@@ -41,6 +41,11 @@ TIGHT = {"num_blocks": 14, "max_num_batched_tokens": 128}
 CHUNKED = {"num_blocks": 128, "max_num_batched_tokens": 24}
 
 
+@pytest.fixture(scope="module")
+def roomy(tiny_llama_dir):
+    return LLM(str(tiny_llama_dir), dtype="float32", max_model_len=128, num_blocks=ROOMY["num_blocks"])
+
+
 def outputs(llm: LLM, prompts, params=GREEDY):
     return llm.generate(prompts, params)
 
@@ -55,18 +60,15 @@ def tiny_plain(tiny_llama_dir):
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("drafter", TINY_DRAFTERS)
 def test_every_drafter_under_every_policy_and_batch(
-    drafter, policy, batch, tiny_plain, tiny_llama_dir, tiny_draft_dir
+    drafter, policy, batch, tiny_plain, roomy, tiny_draft_dir
 ):
-    llm = LLM(
-        str(tiny_llama_dir),
+    roomy.configure(
         tiny_drafters(tiny_draft_dir)[drafter],
-        dtype="float32",
         policy=policy,
-        max_model_len=128,
         max_num_seqs=batch,
-        **ROOMY,
+        max_num_batched_tokens=ROOMY["max_num_batched_tokens"],
     )
-    got = outputs(llm, tiny_prompts(8))
+    got = outputs(roomy, tiny_prompts(8))
     assert [out.token_ids for out in got] == tiny_plain
     assert sum(out.num_drafted for out in got) > 0
 
@@ -228,9 +230,14 @@ SMOLLM2_GREEDY = SamplingParams(max_tokens=10, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def smollm2_plain(smollm2_float32):
-    llm = LLM(smollm2_float32, dtype="float32", max_model_len=96, prefix_caching=False)
-    return [out.token_ids for out in llm.generate(SMOLLM2_PROMPTS, SMOLLM2_GREEDY)]
+def smollm2(smollm2_float32):
+    return LLM(smollm2_float32, dtype="float32", max_model_len=96, num_blocks=20)
+
+
+@pytest.fixture(scope="module")
+def smollm2_plain(smollm2):
+    smollm2.configure(prefix_caching=False, max_num_seqs=4)
+    return [out.token_ids for out in smollm2.generate(SMOLLM2_PROMPTS, SMOLLM2_GREEDY)]
 
 
 # Every policy with a full batch, every batch with chunked prefill: the tiny model has all combinations.
@@ -240,22 +247,12 @@ def smollm2_plain(smollm2_float32):
 )
 @pytest.mark.parametrize("drafter", sorted(SMOLLM2_DRAFTERS))
 def test_smollm2_every_drafter_under_every_policy_and_batch(
-    drafter, policy, batch, smollm2_float32, smollm2_plain
+    drafter, policy, batch, smollm2, smollm2_float32, smollm2_plain
 ):
     options = dict(SMOLLM2_DRAFTERS[drafter])
     if drafter == "draft_model":
         options["model"] = smollm2_float32
-    llm = LLM(
-        smollm2_float32,
-        options,
-        num_drafts=3,
-        dtype="float32",
-        policy=policy,
-        max_model_len=96,
-        max_num_seqs=batch,
-        num_blocks=20,
-        watermark=0.0,
-    )
-    got = llm.generate(SMOLLM2_PROMPTS[:batch], SMOLLM2_GREEDY)
+    smollm2.configure(options, num_drafts=3, policy=policy, max_num_seqs=batch, watermark=0.0)
+    got = smollm2.generate(SMOLLM2_PROMPTS[:batch], SMOLLM2_GREEDY)
     assert [out.token_ids for out in got] == smollm2_plain[:batch]
     assert sum(out.num_drafted for out in got) > 0
