@@ -43,9 +43,9 @@ SIM_DTYPES = ("bfloat16", "float16", "fp8", "int8")
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """drafters: compared with plain decoding; null is ngram, merged, layer_skip and the EAGLE head that comes
-    for this model, if one does. repeats: interleaved rounds, of which the median counts; no round but the first is begun that would
-    end after budget_s."""
+    """drafters: compared with plain decoding; null is ngram, merged, layer_skip and the EAGLE head that comes for this
+    model, if one does. repeats: interleaved rounds, of which the median counts; no round but the first is begun that
+    would end after budget_s."""
 
     name: str = "quickstart"
     drafters: list[str] | None = None
