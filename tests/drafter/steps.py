@@ -30,7 +30,7 @@ class Rig:
         self.logits_of = logits_of or (lambda prefix: np.zeros(vocab_size))
         self.state = RowState(max_rows, 512, 32)
         self.request_ids = np.full(max_rows, -1, np.int64)
-        target = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size))
+        target = SimpleNamespace(backend="eager", config=SimpleNamespace(vocab_size=vocab_size))
         drafter.bind(SimpleNamespace(state=self.state, target=target))  # pyright: ignore[reportArgumentType]
 
     def load(
