@@ -162,6 +162,9 @@ def test_specs_name_the_sources():
     )
     assert isinstance(drafter, MergedDrafter)
     assert [source.name for source in drafter.sources] == ["suffix", "recycling", "ngram"]
+    unnamed = make_drafter("merged")
+    assert isinstance(unnamed, MergedDrafter)
+    assert [source.name for source in unnamed.sources] == ["suffix", "recycling"]
 
 
 @pytest.mark.parametrize(
