@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from experiments import common
+from experiments.rows_file import appended, read_rows
 from specdec.config import Config
 from specdec.config_training import TrainDraftConfig
 from specdec.heads.borrowed import Borrowed
@@ -25,14 +26,17 @@ from specdec.scheduler import SamplingParams
 from specdec.tracking import Run, write_json
 from specdec.training.batches import Batches
 from specdec.training.corpus import Answer, Corpus
-from specdec.training.generate import generate_answers
+from specdec.training.generate import ask_questions, generate_answers
 from specdec.training.learners import EagleLearner, Learner, MedusaLearner, acceptance
-from specdec.training.questions import make_questions, text_windows
+from specdec.training.questions import make_questions, opening_of_user_turn, text_windows, training_prompts
 from specdec.training.student import Student, StudentLearner, save_student
 from specdec.training.teacher import Teacher
 from specdec.training.trainer import Recipe, Trainer, bfloat16_is_faster, step_seconds, stored_recipe
 from specdec.workload import PromptItem
 
+SELF = "self"
+ASKING_SHARE = 0.2
+"""Of the time for answers, what questions may take."""
 CALIBRATION_TOKENS = 8192
 CURVE_TOKENS = 2048
 
@@ -62,6 +66,58 @@ def layers_of(options: TrainDraftConfig, target: ModelConfig) -> tuple[int, ...]
     """The target's layers whose outputs are kept; the last one serves all but eagle3."""
     variant = "eagle3" if options.kind == "eagle3" else "eagle1"
     return EagleShape.of(target, variant, options.layers).layers
+
+
+def training_items(
+    config: Config, run: Run, llm: LLM, work: Path, budget: Budget, may_ask: bool
+) -> list[PromptItem]:
+    """The prompts of ``experiment.prompts`` in their order; the target's own questions only grow if ``may_ask``."""
+    items: list[PromptItem] = []
+    for source in config.experiment.prompts:
+        items += (
+            _self_asked(config, run, llm, work, budget, may_ask)
+            if source == SELF
+            else training_prompts(source)
+        )
+    return items
+
+
+def _self_asked(
+    config: Config, run: Run, llm: LLM, work: Path, budget: Budget, may_ask: bool
+) -> list[PromptItem]:
+    """What the target asks in the user's place; in ``questions.jsonl`` as they come, those without a text too."""
+    options: TrainDraftConfig = config.experiment
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "questions.jsonl"
+    texts: dict[int, str | None] = {row["number"]: row["text"] for row in read_rows(path)}
+    opening = opening_of_user_turn(llm.tokenizer)
+    longest = options.max_len - options.max_tokens - 2 * len(opening)
+    if longest < 1:
+        raise ValueError(
+            f"experiment.max_len={options.max_len} leaves no room for questions beside max_tokens={options.max_tokens}"
+        )
+    params = SamplingParams(max_tokens=longest, temperature=1.0, top_p=0.95, seed=config.seed)
+    missing = [number for number in range(options.num_self) if number not in texts] if may_ask else []
+    stop_s = budget.left_s - ASKING_SHARE * options.generate_share * options.budget_s
+    with common.progress(run) as bar, appended(path) as add:
+        task = bar.add_task("questions", total=options.num_self, completed=len(texts))
+
+        def on_question(number: int, text: str | None) -> None:
+            texts[number] = text
+            add({"number": number, "text": text})
+            bar.update(task, advance=1)
+            budget.save()
+
+        ask_questions(
+            llm,
+            opening,
+            params,
+            missing,
+            seconds_left=lambda: budget.left_s - stop_s,
+            on_question=on_question,
+        )
+    distinct = dict.fromkeys(text for _, text in sorted(texts.items()) if text)
+    return [PromptItem(prompt=[{"role": "user", "content": text}], task=SELF) for text in distinct]
 
 
 def collect(

@@ -31,6 +31,7 @@ from experiments.draft_training import (
     make_learner,
     plan_recipe,
     save_learner,
+    training_items,
 )
 from specdec import plots
 from specdec.config import Config
@@ -44,7 +45,6 @@ from specdec.tracking import Run
 from specdec.training.batches import Batches
 from specdec.training.corpus import Corpus
 from specdec.training.learners import acceptance
-from specdec.training.questions import training_prompts
 from specdec.training.teacher import Teacher
 from specdec.training.trainer import Trainer
 from specdec.workload import PromptItem
@@ -68,7 +68,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         )
     work = Path(options.work) if options.work else run.directory / "work"
     output = Path(options.output) if options.output else run.directory / "head"
-    items = [] if options.text else [item for source in options.prompts for item in training_prompts(source)]
     llm = common.build_llm(config)
     if options.max_len > llm.max_model_len:
         raise ValueError(
@@ -79,6 +78,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     corpus = Corpus(work / "corpus", layers, target.hidden_size, top_k, options.cache_mb << 20, model.source)
     teacher = Teacher(llm.runner, llm.num_blocks, llm.block_size, layers, top_k)
     budget, checkpoint = Budget(work / "budget.json", options.budget_s), work / "state.safetensors"
+    # A corpus that has begun keeps its prompts, and with them what is held out.
+    items = [] if options.text else training_items(config, run, llm, work, budget, may_ask=not len(corpus))
     speeds = {} if checkpoint.exists() else collect(config, run, llm, corpus, teacher, budget, items)
 
     train, held = (

@@ -18,9 +18,11 @@ class TrainDraftConfig:
     kind: eagle1, eagle3, medusa or student. output: directory of the result; null is ``head`` in the run's. work:
     directory of answers and checkpoints, by which an interrupted run goes on; null is ``work`` in the run's.
 
-    prompts: "builtin" and files of JSON lines, which may be gzipped. text: a text file to be taught as it stands
-    instead. rounds: answers per prompt; the first is greedy, the others are sampled at temperature. num_held_out:
-    prompts for evaluation, at most a fifth of all. max_len: tokens of prompt and answer. max_tokens: of an answer.
+    prompts: "builtin", files of JSON lines, which may be gzipped, and "self": questions that the target writes
+    in the user's place, at most num_self of them, in at most a fifth of the time for answers. text: a text file to be
+    taught as it stands instead. rounds: answers per prompt; the first is greedy, the others are sampled at
+    temperature. num_held_out: prompts for evaluation, at most a fifth of all. max_len: tokens of prompt and answer.
+    max_tokens: of an answer.
     num_tokens: answer tokens after which generating ends; null is by time. engine.max_num_seqs are in work at once.
 
     budget_s: for all but the final evaluation; generate_share of it at most for the answers, the rest for training.
@@ -42,6 +44,7 @@ class TrainDraftConfig:
     output: str | None = None
     work: str | None = None
     prompts: list[str] = field(default_factory=lambda: ["builtin"])
+    num_self: int = 2000
     text: str | None = None
     rounds: int = 1
     temperature: float = 1.0
@@ -79,7 +82,9 @@ class TrainDraftConfig:
         check_choice("experiment.kind", self.kind, DRAFT_KINDS)
         check_choice("experiment.dtype", self.dtype, TRAINING_DTYPES)
         require(len(self.prompts) > 0, "experiment.prompts is empty: give files, or [builtin]")
-        positive = "rounds temperature num_held_out max_len max_tokens budget_s vocabulary top_k cache_mb"
+        positive = (
+            "num_self rounds temperature num_held_out max_len max_tokens budget_s vocabulary top_k cache_mb"
+        )
         positive += (
             " num_heads num_layers sharpness learning_rate epochs tokens_per_step checkpoint_s num_evals"
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.heads.linear import linear
 from specdec.model.weights import LoadedModel
 
 
@@ -55,7 +56,14 @@ class Borrowed:
         self.embed = weights["embed"].to(device)
         self.norm_weight = (weights["final_norm"].float() + config.norm_offset).to(device, dtype)
         self.lm_head = weights.get("lm_head", weights["embed"])[token_ids].to(device, dtype)
+        self._copy: Tensor | None = None
         self.norm_eps, self.logit_softcap = config.norm_eps, config.logit_softcap
+
+    def lm_head_in(self, dtype: torch.dtype) -> Tensor:
+        """The LM head's rows in another dtype; the last such copy is kept."""
+        if dtype != self.lm_head.dtype and (self._copy is None or self._copy.dtype != dtype):
+            self._copy = self.lm_head.to(dtype)
+        return self.lm_head if dtype == self.lm_head.dtype or self._copy is None else self._copy
 
     def embedding(self, token_ids: Tensor) -> Tensor:
         """Token embeddings [N, H] in the norm's dtype, without the target's scale: heads normalise them."""
@@ -71,7 +79,7 @@ class Borrowed:
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits of normed hidden states [N, H], float32 [N, D]."""
-        logits = F.linear(normed.to(self.lm_head.dtype), self.lm_head).float()
+        logits = linear(normed.to(self.lm_head.dtype), self.lm_head).float()
         cap = self.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from specdec_kernels.rope import rope
 from torch import Tensor, nn
 
+from specdec.heads.linear import linear
 from specdec.model.config import ModelConfig
 from specdec.names import unknown_name
 
@@ -170,7 +171,7 @@ class EagleHead(nn.Module):
         scaled = normed * self.feature_scale[:, None] + self.feature_shift[:, None]
         if self.shape.variant == "eagle1":
             return scaled[0]
-        return F.linear(scaled.transpose(0, 1).flatten(1), self.fuse)
+        return linear(scaled.transpose(0, 1).flatten(1), self.fuse)
 
     def own_features(self, output: Tensor) -> Tensor:
         """The same of the head's own outputs g [N, H], which take the place of the target's."""
@@ -179,20 +180,20 @@ class EagleHead(nn.Module):
     def inputs(self, embedded: Tensor, features: Tensor) -> Tensor:
         """x from token embeddings and features, [N, H] each."""
         parts = self._norm(embedded, self.embed_norm), self._norm(features, self.feature_norm)
-        return F.linear(torch.cat(parts, dim=-1), self.mix)
+        return linear(torch.cat(parts, dim=-1), self.mix)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [N, heads, D], rotated keys and values [N, kv_heads, D]."""
         normed = self._norm(x, self.attn_norm)
         dim = self.shape.head_dim
-        q, k, v = (F.linear(normed, weight).unflatten(-1, (-1, dim)) for weight in (self.q, self.k, self.v))
+        q, k, v = (linear(normed, weight).unflatten(-1, (-1, dim)) for weight in (self.q, self.k, self.v))
         return *rope(q, k, positions, self.inv_freq), v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output g [N, H] from its input and what attention gave, [N, heads, D]."""
-        x = x + F.linear(attended.flatten(1), self.o)
+        x = x + linear(attended.flatten(1), self.o)
         normed = self._norm(x, self.mlp_norm)
-        return x + F.linear(F.silu(F.linear(normed, self.gate)) * F.linear(normed, self.up), self.down)
+        return x + linear(F.silu(linear(normed, self.gate)) * linear(normed, self.up), self.down)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.shape.norm_eps)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.heads.linear import linear
+
 
 class MedusaHeads(nn.Module):
     """K blocks h + SiLU(W h + b), of the hidden state after the target's final norm.
@@ -32,5 +34,5 @@ class MedusaHeads(nn.Module):
 
     def forward(self, normed: Tensor) -> Tensor:
         """Normed hidden states [N, H] to those of every head, [K, N, H]."""
-        inner = torch.stack([F.linear(normed, w, b) for w, b in zip(self.weight, self.bias, strict=True)])
+        inner = torch.stack([linear(normed, w, b) for w, b in zip(self.weight, self.bias, strict=True)])
         return normed + F.silu(inner)

@@ -105,7 +105,9 @@ def chains(
         q, k, v = head.project(x, packed.positions[at])
         own_k.append(k)
         own_v.append(v)
-        output = head.finish(x, _chain_attention(packed, entries, anchors, q, own_k, own_v))
+        with torch.autocast(q.device.type, enabled=False):
+            attended = _chain_attention(packed, entries, anchors, q, own_k, own_v)
+        output = head.finish(x, attended)
         yield output
 
 
@@ -124,8 +126,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _chain_attention(
     packed: Packed, entries: Entries, anchors: Tensor, q: Tensor, own_k: list[Tensor], own_v: list[Tensor]
 ) -> Tensor:
-    """Attention of q [A, heads, D] over the entries up to its anchor and the chain's own, of which it is the last."""
-    k_AJ, v_AJ = torch.stack(own_k, dim=1), torch.stack(own_v, dim=1)
+    """Attention of q [A, heads, D] over the entries up to its anchor and the chain's own, of which it is the last.
+
+    In float32: these products are small, no two have the same shape, and bfloat16 would compile kernels for each.
+    """
+    dtype, q = q.dtype, q.float()
+    k_AJ, v_AJ = torch.stack(own_k, dim=1).float(), torch.stack(own_v, dim=1).float()
+    k_T, v_T = entries.k.float(), entries.v.float()
     num_kv_heads = k_AJ.shape[2]
     q = q.unflatten(1, (num_kv_heads, -1))
     ends = torch.searchsorted(anchors.contiguous(), torch.tensor([b for _, b in packed.spans])).tolist()
@@ -137,11 +144,11 @@ def _chain_attention(
         b = min(b, int(anchors[last - 1]) + 1)
         visible = torch.arange(a, b) <= anchors[first:last, None]
         queries = q[first:last] * q.shape[-1] ** -0.5
-        before = torch.einsum("akgd,tkd->akgt", queries, entries.k[a:b])
+        before = torch.einsum("akgd,tkd->akgt", queries, k_T[a:b])
         before = before.masked_fill(~visible[:, None, None], -torch.inf)
         own = torch.einsum("akgd,ajkd->akgj", queries, k_AJ[first:last])
-        probs = torch.cat([before, own], dim=-1).float().softmax(-1).to(q.dtype)
+        probs = torch.cat([before, own], dim=-1).softmax(-1)
         before, own = probs.split([b - a, len(own_k)], dim=-1)
-        out = torch.einsum("akgt,tkd->akgd", before, entries.v[a:b])
+        out = torch.einsum("akgt,tkd->akgd", before, v_T[a:b])
         outs.append(out + torch.einsum("akgj,ajkd->akgd", own, v_AJ[first:last]))
-    return torch.cat(outs).flatten(1, 2)
+    return torch.cat(outs).flatten(1, 2).to(dtype)

@@ -1,4 +1,4 @@
-"""The target's own answers, with what heads learn from taken from the very steps that made them.
+"""The target's own questions and answers, with what heads learn from taken from the very steps that made them.
 
 Distilling on text that the target wrote matters: a draft is asked to continue such text, not that of its training data
 (arXiv 2310.08461, section 4; 2401.15077, section 4.1).
@@ -136,4 +136,47 @@ def generate_answers(
         engine.run(store)
     finally:
         engine.drafter = None
+        engine.abandon()
+
+
+def ask_questions(
+    llm: LLM,
+    opening: Sequence[int],
+    params: SamplingParams,
+    numbers: Iterable[int],
+    *,
+    seconds_left: Callable[[], float],
+    on_question: Callable[[int, str | None], None],
+) -> None:
+    """Let the target write what users ask, until the time is up.
+
+    A model that was trained on conversations goes on with the user's words when it is given all that stands before
+    them (Magpie, Xu et al., arXiv 2406.08464). So prompts of the kind that it is used to need no data.
+
+    Args:
+        llm: configured to decode plainly.
+        opening: token ids up to the user's words.
+        params: how it is sampled; ``max_tokens`` is the longest question. Each has a seed of its own.
+        numbers: of the questions to ask.
+        on_question: called with a question's number and text; ``None`` if it is empty or did not end.
+    """
+    waiting, engine, running = iter(numbers), llm.engine, dict[int, int]()
+    prompt = np.array(opening, np.int32)
+
+    def admit() -> None:
+        number = next(waiting, None) if seconds_left() > 0 else None
+        if number is not None:
+            own = replace(params, seed=zlib.crc32(f"question/{number}".encode()) ^ (params.seed or 0))
+            running[engine.add_request(prompt, own)] = number
+
+    def store(output: RequestOutput) -> None:
+        text = output.text.strip() if output.finish_reason == "stop" else ""
+        on_question(running.pop(output.request_id), text or None)
+        admit()
+
+    try:
+        for _ in range(engine.loop.config.max_num_seqs):
+            admit()
+        engine.run(store)
+    finally:
         engine.abandon()

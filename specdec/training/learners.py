@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specdec.heads import unroll
 from specdec.heads.borrowed import Borrowed
 from specdec.heads.eagle import EagleHead
+from specdec.heads.linear import product_dtype
 from specdec.heads.medusa import MedusaHeads
 from specdec.training.batches import Batch
 from specdec.training.loss import Targets, acceptance_overlap, agreement, distillation_loss, rank_hits
@@ -118,7 +119,7 @@ class EagleLearner:
 
     def _step_loss(self, batch: Batch, output: Tensor, at: Tensor, targets: Targets) -> Tensor:
         normed = self.borrowed.normed(output)
-        loss = distillation_loss(self.borrowed.head(normed), targets).mean()
+        loss = borrowed_loss(self.borrowed, normed, targets)
         if self.regression:
             aim = self.borrowed.normed(batch.hidden[-1, at])
             loss = loss + self.regression * nn.functional.smooth_l1_loss(normed, aim)
@@ -181,10 +182,10 @@ class MedusaLearner:
             anchors = anchors_of(batch, index + 1)
             if anchors.numel() == 0:
                 break
-            logits = self.borrowed.head(output[batch.place_of[anchors]])
             weight = self.decay**index
             aim = targets[batch.place_of[anchors + index + 1]]
-            total, weights = total + weight * distillation_loss(logits, aim).mean(), weights + weight
+            loss = borrowed_loss(self.borrowed, output[batch.place_of[anchors]], aim)
+            total, weights = total + weight * loss, weights + weight
         return total / max(weights, 1.0)
 
     def hits(self, batch: Batch, num_drafts: int, num_ranks: int) -> Iterator[Hits]:
@@ -196,6 +197,12 @@ class MedusaLearner:
             found = hits_of(self.borrowed.head(output[alive]), targets[alive], num_ranks)
             yield found
             alive[alive.clone()] = found.agrees
+
+
+def borrowed_loss(borrowed: Borrowed, normed: Tensor, targets: Targets) -> Tensor:
+    """Mean distillation loss of normed hidden states [N, H] through the target's LM head."""
+    head = borrowed.lm_head_in(product_dtype(borrowed.lm_head))
+    return distillation_loss(normed, head, targets, softcap=borrowed.logit_softcap).mean()
 
 
 def hits_of(logits: Tensor, targets: Targets, num_ranks: int) -> Hits:

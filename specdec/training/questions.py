@@ -104,6 +104,20 @@ def make_questions(
     ]
 
 
+def opening_of_user_turn(tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a conversation up to where the user's first words stand.
+
+    Raises:
+        ValueError: the model has no chat template, or one that does not show the user's words as they are.
+    """
+    marker = "QUESTION"
+    text = tokenizer.render_chat([{"role": "user", "content": marker}])
+    opening, found, _ = text.partition(marker)
+    if not found:
+        raise ValueError(f"the chat template does not render the user's words as they are: {text!r}")
+    return tokenizer.encode(opening, add_special_tokens=False)
+
+
 def _encode(tokenizer: Tokenizer, prompt: str | Messages) -> list[int]:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt)
 

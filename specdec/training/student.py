@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.heads.borrowed import Borrowed
@@ -117,14 +116,16 @@ class StudentLearner:
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         normed = self.borrowed.normed(self.student(batch.packed)[batch.rows])
-        logits = self.borrowed.head(normed)
+        head, offset = self.borrowed.lm_head, None
         if self._num_sampled:
             drawn = torch.randint(self._rest.numel(), (self._num_sampled,), generator=generator)
-            head = self.student.fixed.get("lm_head", self.student.fixed["embed"])
-            others = F.linear(normed, head[self._rest[drawn]]).float()
-            weight = float(np.log(self._rest.numel() / self._num_sampled))
-            logits = torch.cat([logits, others + weight], dim=-1)
-        return distillation_loss(logits, batch.targets.sharpened(self.sharpness)).mean()
+            others = self.student.fixed.get("lm_head", self.student.fixed["embed"])[self._rest[drawn]]
+            offset = torch.zeros(head.shape[0] + self._num_sampled)
+            offset[head.shape[0] :] = float(np.log(self._rest.numel() / self._num_sampled))
+            head = torch.cat([head, others])
+        targets = batch.targets.sharpened(self.sharpness)
+        cap = self.borrowed.logit_softcap
+        return distillation_loss(normed, head, targets, offset=offset, softcap=cap).mean()
 
     def hits(self, batch: Batch, num_drafts: int, num_ranks: int) -> Iterator[Hits]:
         outputs = self.student(batch.packed)

@@ -92,6 +92,7 @@ class Trainer:
             lr=recipe.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=recipe.weight_decay,
+            fused=True,
         )
         self._epoch, self._first = -1, 0
         self._order: list[list[int]] = []

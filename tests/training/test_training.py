@@ -116,20 +116,44 @@ def test_a_corpus_keeps_what_an_interrupt_leaves(tmp_path):
         Corpus(tmp_path, (0, 1), 8, 5, 1000, "target")
 
 
-def test_the_loss_is_the_cross_entropy_on_what_can_be_drafted():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("count", [6, 64, 150])
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(count, softcap):
+    """Over a law of the first ten of twelve tokens, with an offset; the formula is torch's."""
+    generator = torch.Generator().manual_seed(count)
+    head, offset = (torch.randn(size, generator=generator) for size in ((12, 8), (12,)))
+    normed = torch.randn(count, 8, generator=generator, requires_grad=True)
+    law = torch.randn(count, 10, generator=generator).softmax(-1)
+    probs, places = law.topk(10, dim=-1)
+    scores = normed @ head.T
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    expected = F.cross_entropy(scores + offset, F.pad(law, (0, 2)), reduction="none")
+    found = distillation_loss(normed, head, Targets(places, probs), offset=offset, softcap=softcap)
+    assert torch.allclose(found, expected, atol=1e-5)
+    weights = torch.randn(count, generator=generator)
+    ours, theirs = (torch.autograd.grad(loss @ weights, normed)[0] for loss in (found, expected))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_tokens_that_cannot_be_drafted_neither_count_nor_teach():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 10, generator=generator)
     law = torch.randn(6, 10, generator=generator).softmax(-1)
     probs, places = law.topk(10, dim=-1)
-    expected = F.cross_entropy(logits, law, reduction="none")
-    assert torch.allclose(distillation_loss(logits, Targets(places, probs)), expected, atol=1e-6)
     assert torch.allclose(
         acceptance_overlap(logits, Targets(places, probs)),
         torch.minimum(law, logits.softmax(-1)).sum(-1),
         atol=1e-6,
     )
     outside = Targets(torch.full((6, 10), -1), probs)
-    assert distillation_loss(logits, outside).abs().max() == 0.0
+    identity = torch.eye(10)
+    normed = logits.clone().requires_grad_()
+    loss = distillation_loss(normed, identity, outside)
+    assert loss.abs().max() == 0.0 and torch.autograd.grad(loss.sum(), normed)[0].abs().max() == 0.0
+    half = Targets(torch.where(places < 5, places, -1), probs)
+    kept = half.probs * (half.places >= 0)
+    expected = -(kept * logits.log_softmax(-1).gather(1, half.places.clamp_min(0))).sum(-1)
+    assert torch.allclose(distillation_loss(normed, identity, half), expected, atol=1e-5)
     assert not agreement(logits, outside).any()
     best = Targets(logits.topk(3).indices[:, 1:2], torch.ones(6, 1))
     assert rank_hits(logits, best, 3).tolist() == [[False, True, False]] * 6
