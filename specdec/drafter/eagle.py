@@ -181,9 +181,7 @@ class EagleDrafter:
         wanted = drafts[fed].astype(np.int32)
         batch = self._input(rows[fed], start[fed], counts[fed], wanted)
         hidden, known = self._pending.find(np.repeat(rows[fed], counts[fed]), batch.positions - 1)
-        features = self._head.features(hidden.to(self._head.mix.dtype))
-        features[self._put(~known)] = self._head.unknown
-        x = self._inputs(batch.token_ids, features)
+        x = self._runner.inputs(batch.token_ids, hidden, known)
         logits, outputs = self._runner.forward(x, batch)
         self._computed[rows[fed]] = end[fed]
         self._pending.drop(rows[fed])
@@ -204,7 +202,7 @@ class EagleDrafter:
             chosen = draft.tokens[ends.index, step]
             rows = plan.rows[ends.index]
             ones = np.ones(rows.size, np.int32)
-            x = self._inputs(chosen, self._head.own_features(ends.outputs))
+            x = self._runner.own_inputs(chosen, ends.outputs)
             batch = self._input(rows, state.num_known[rows] + step, ones, ones)
             logits, outputs = self._runner.forward(x, batch)
             ends = _Ends(ends.index, logits, outputs, x)
@@ -277,9 +275,6 @@ class EagleDrafter:
             host.state, host.table.block_table, host.block_size, rows, start, counts, logits, **tree
         )
 
-    def _inputs(self, token_ids: LongArray, features: Tensor) -> Tensor:
-        return self._head.inputs(self._borrowed.embedding(self._put(token_ids)), features)
-
     def _put(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._host.target.device)
 
@@ -292,12 +287,11 @@ class _Expander:
     rows: LongArray
 
     def top(self, logits: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        best = logits.topk(self.drafter._top_k, dim=-1)
-        log_probs = best.values - logits.logsumexp(-1, keepdim=True)
-        return self.drafter._token_ids[best.indices.numpy(force=True)], log_probs.numpy(force=True)
+        places, log_probs = self.drafter._runner.top(logits, self.drafter._top_k)
+        return self.drafter._token_ids[places], log_probs
 
     def child_inputs(self, tokens: NDArray[np.int64], outputs: Tensor) -> Tensor:
-        return self.drafter._inputs(tokens, self.drafter._head.own_features(outputs))
+        return self.drafter._runner.own_inputs(tokens, outputs)
 
     def run(self, tree_pass: TreePass) -> tuple[Tensor, Tensor]:
         drafter, rows = self.drafter, self.rows[tree_pass.rows]

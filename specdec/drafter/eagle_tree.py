@@ -80,11 +80,13 @@ def grow_trees(
     Returns:
         The trees and each node's probability given its parent, float32 [B, max(sizes)].
     """
+    tokens, logprobs = expander.top(logits)
+    if depth == 1:
+        return _children(tokens, logprobs, sizes)
     num_rows, hidden_size = inputs.shape
     store = inputs.new_zeros(2, num_rows, 1 + (depth - 1) * top_k, hidden_size)
     all_inputs, all_outputs = store[0], store[1]
     all_inputs[:, 0], all_outputs[:, 0] = inputs, outputs
-    tokens, logprobs = expander.top(logits)
     levels = [grow(None, tokens[:, None], logprobs[:, None], top_k)]
     for index in range(depth - 1):
         trees = rerank(_limited(levels, sizes), int(sizes.max()))
@@ -109,6 +111,28 @@ def grow_trees(
         levels.append(grow(levels[-1], children, logprobs, top_k))
     trees = rerank(_limited(levels, sizes), int(sizes.max()))
     return trees, _confidence(levels, trees)
+
+
+def _children(
+    tokens: NDArray[np.int64], logprobs: NDArray[np.float32], sizes: IntArray
+) -> tuple[DynamicTrees, NDArray[np.float32]]:
+    """Trees of one level: the roots' best children [B, k]."""
+    width = int(sizes.max())
+    most = min(width, tokens.shape[1])
+    logprobs = logprobs[:, :most]
+    counts = np.minimum(sizes, (logprobs > -np.inf).sum(axis=1)).astype(np.int32)
+    used = np.arange(most) < counts[:, None]
+    shape = tokens.shape[0], width
+    chosen, confidence, place = (
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.int64),
+    )
+    chosen[:, :most] = np.where(used, tokens[:, :most], 0)
+    place[:, :most] = np.where(used, np.arange(most), 0)
+    confidence[:, :most] = np.where(used, np.exp(logprobs), 0.0)
+    parents, level = np.full(shape, ROOT, np.int32), np.zeros(shape, np.int64)
+    return DynamicTrees(parents, chosen, counts, level, place), confidence
 
 
 def _limited(levels: Sequence[Level], sizes: IntArray) -> list[Level]:

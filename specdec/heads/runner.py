@@ -1,17 +1,18 @@
-"""A head's decoder layer over a paged KV cache: inputs in, logits over the draft vocabulary and outputs out.
+"""A draft head over a paged KV cache: what the target computed in, logits over the draft vocabulary and outputs out.
 
 Like a model (``specdec.runner``) it runs over torch's ops or Triton's, or natively in C++.
-Legend: T tokens of a pass, N rows of logits, D draft vocabulary, H hidden size.
+Legend: T tokens of a pass, L captured layers, N rows of logits, D draft vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from specdec_kernels import cpu_decoder
-from specdec_kernels.cpu_decoder.layers import CpuLayers
+from specdec_kernels.cpu_decoder.layers import CpuHeadInputs, CpuLayers
 from specdec_kernels.ops import TORCH, Ops
 from torch import Tensor
 
@@ -20,17 +21,32 @@ from specdec.heads.eagle import EagleHead
 from specdec.kv_cache import KVCache
 from specdec.model.config import ModelConfig
 from specdec.rows import StepInput
-from specdec.scheduler.plan import IntArray
+from specdec.scheduler.plan import BoolArray, IntArray, LongArray
 
 
 class HeadRunner(Protocol):
     """A head with its KV cache, whose blocks are numbered as the target's."""
 
+    def inputs(self, token_ids: LongArray, hidden: Tensor, known: BoolArray) -> Tensor:
+        """The layer's inputs [T, H] at tokens whose features the target's states ``hidden`` [L, T, H] give.
+
+        Where they are not ``known`` [T], the head's stand-in takes their place.
+        """
+        ...
+
+    def own_inputs(self, token_ids: LongArray, outputs: Tensor) -> Tensor:
+        """The same where the layer's own ``outputs`` [T, H] take the place of the target's features."""
+        ...
+
+    def top(self, logits: Tensor, k: int) -> tuple[LongArray, NDArray[np.float32]]:
+        """The ``k`` most likely places of each row [N, k], best first, and their log probabilities."""
+        ...
+
     def forward(self, x: Tensor, batch: StepInput) -> tuple[Tensor, Tensor]:
         """Compute T tokens, storing their keys and values.
 
         Args:
-            x: the layer's inputs [T, H], see ``EagleHead.inputs``.
+            x: the layer's inputs [T, H].
             batch: places, masks and the rows whose logits are wanted; its token ids are not used.
 
         Returns:
@@ -57,12 +73,28 @@ class EagerHeadRunner:
             1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim, head.mix.dtype, device
         )
 
+    def _put(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @torch.inference_mode()
+    def inputs(self, token_ids: LongArray, hidden: Tensor, known: BoolArray) -> Tensor:
+        features = self.head.features(hidden.to(self.head.mix.dtype))
+        features = torch.where(self._put(known)[:, None], features, self.head.unknown)
+        return self.head.inputs(self.borrowed.embedding(self._put(token_ids)), features)
+
+    @torch.inference_mode()
+    def own_inputs(self, token_ids: LongArray, outputs: Tensor) -> Tensor:
+        embedded = self.borrowed.embedding(self._put(token_ids))
+        return self.head.inputs(embedded, self.head.own_features(outputs))
+
+    def top(self, logits: Tensor, k: int) -> tuple[LongArray, NDArray[np.float32]]:
+        best = logits.topk(k, dim=-1)
+        log_probs = best.values - logits.logsumexp(-1, keepdim=True)
+        return best.indices.numpy(force=True), log_probs.numpy(force=True)
+
     @torch.inference_mode()
     def forward(self, x: Tensor, batch: StepInput) -> tuple[Tensor, Tensor]:
-        def put(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self.device)
-
-        ops, head, shape = self.ops, self.head, self.head.shape
+        put, ops, head, shape = self._put, self.ops, self.head, self.head.shape
         positions, (keys, values) = put(batch.positions), (self._kv_cache.k[0], self._kv_cache.v[0])
         heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         normed = ops.rms_norm(x, head.attn_norm, shape.norm_eps)
@@ -100,6 +132,25 @@ class NativeHeadRunner:
         weights = {**head.layer_weights(), "final_norm": borrowed.norm_weight, "lm_head": borrowed.lm_head}
         self._layers = CpuLayers(native_head_spec(head, borrowed, config), weights)
         self._kv_cache = self._layers.new_kv_cache(num_blocks, block_size)
+        parts = "fuse mix feature_scale feature_shift unknown embed_norm feature_norm".split()
+        own = {name: getattr(head, name).detach() for name in parts if hasattr(head, name)}
+        self._inputs = CpuHeadInputs({**own, "embed": borrowed.embed}, head.shape.norm_eps)
+        self._own_is_hidden = head.shape.variant == "eagle1"
+
+    def inputs(self, token_ids: LongArray, hidden: Tensor, known: BoolArray) -> Tensor:
+        return self._inputs.from_hidden(token_ids, hidden, known)
+
+    def own_inputs(self, token_ids: LongArray, outputs: Tensor) -> Tensor:
+        if self._own_is_hidden:
+            return self._inputs.from_hidden(token_ids, outputs[None], np.ones(token_ids.size, np.bool_))
+        return self._inputs.from_features(token_ids, outputs)
+
+    def top(self, logits: Tensor, k: int) -> tuple[LongArray, NDArray[np.float32]]:
+        if k > cpu_decoder.MAX_TOP:
+            best = logits.topk(k, dim=-1)
+            return best.indices.numpy(), (best.values - logits.logsumexp(-1, keepdim=True)).numpy()
+        places, log_probs = cpu_decoder.top_log_probs(logits, k)
+        return places.numpy(), log_probs.numpy()
 
     @torch.inference_mode()
     def forward(self, x: Tensor, batch: StepInput) -> tuple[Tensor, Tensor]:

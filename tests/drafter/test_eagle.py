@@ -149,16 +149,17 @@ def test_speculation_that_pauses_leaves_no_gap(eagle3_dir, tiny_llama_dir):
     assert watcher.rows > 10
 
 
-def test_trees_hold_the_best_nodes_that_the_head_knows(head_dir, tiny_llama_dir):
+@pytest.mark.parametrize("depth", [1, 3])
+def test_trees_hold_the_best_nodes_that_the_head_knows(depth, head_dir, tiny_llama_dir):
     """Against a brute-force EAGLE-2: every node's probability, and which nodes are chosen."""
-    llm = eagle_llm(tiny_llama_dir, head_dir, num_drafts=7, shape="tree", top_k=3, depth=3)
+    llm = eagle_llm(tiny_llama_dir, head_dir, num_drafts=7, shape="tree", top_k=3, depth=depth)
     watcher, drafter = Watcher(llm), drafter_of(llm)
     compare, chosen = watcher.compare, []
 
     def checked(plan: StepPlan, draft: Draft, index: int) -> None:
         compare(plan, draft, index)
         known = llm.engine.state.known(int(plan.rows[index])).tolist()
-        best = brute_force(watcher, known, top_k=3, depth=3, size=int(plan.num_drafts[index]))
+        best = brute_force(watcher, known, top_k=3, depth=depth, size=int(plan.num_drafts[index]))
         found = {tuple(path[:end]) for path, _ in leaf_paths(draft, index) for end in range(1, len(path) + 1)}
         chosen.append(found == best)
 

@@ -17,6 +17,7 @@ from specdec_kernels.cpu_decoder import (
     is_available,
     supports,
     top,
+    top_log_probs,
 )
 from specdec_kernels.cpu_decoder.reference import reference_forward
 from specdec_kernels.tolerances import LOGITS, scaled_error
@@ -332,6 +333,19 @@ def test_top_is_topk_and_takes_the_first_of_equals(size: int, k: int, flavour: s
     tied = (values * 4).round()
     expected = torch.sort(tied, dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(top(tied, k, flavour), expected)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("size", [8, 49, 8192])
+def test_top_knows_log_probabilities(size: int, flavour: str):
+    logits = 10.0 * torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+    logits[1, 3:] = float("-inf")
+    places, log_probs = top_log_probs(logits, 5, flavour)
+    assert torch.equal(places, top(logits, 5, flavour))
+    expected = logits.double().log_softmax(-1).gather(1, places.clamp_min(0))
+    expected[places < 0] = float("-inf")
+    assert places[1].tolist()[3:] == [-1, -1]
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

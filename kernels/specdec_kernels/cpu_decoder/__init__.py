@@ -20,6 +20,7 @@ from specdec_kernels.cpu_decoder.decoder import (
     bytes_per_block,
     supports,
     top,
+    top_log_probs,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "is_available",
     "supports",
     "top",
+    "top_log_probs",
 ]

@@ -101,7 +101,9 @@ def library(flavour: str | None = None) -> ctypes.CDLL:
     lib.specdec_forward.restype = None
     lib.specdec_move_slots.argtypes = [ctypes.c_void_p]
     lib.specdec_move_slots.restype = None
-    lib.specdec_top.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int32] * 4]
+    lib.specdec_head_inputs.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    lib.specdec_head_inputs.restype = None
+    lib.specdec_top.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int32] * 4]
     lib.specdec_top.restype = None
     if flavour == "amx" and lib.specdec_enable_amx() != 0:
         raise OSError("the operating system refuses AMX tile state to this process")

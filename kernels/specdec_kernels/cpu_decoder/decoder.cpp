@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "head_inputs.hpp"
 #include "top.hpp"
 
 extern "C" {
@@ -345,10 +346,22 @@ void specdec_forward(const Model* model, const Step* step, void* workspace) {
   StepRunner(*model, *step, *static_cast<Workspace*>(workspace)).run();
 }
 
-// places [rows][k], see top_of_row; k <= MAX_TOP.
-void specdec_top(const float* values, int64_t* places, int32_t rows, int32_t size, int32_t k, int32_t num_threads) {
+void specdec_head_inputs(const HeadFront* front, const FrontStep* step, void* workspace) {
+  Workspace& memory = *static_cast<Workspace*>(workspace);
+  const size_t tokens = round_up(step->num_tokens, 32), size = front->hidden;
+  memory.reserve((sizeof(Input) * (front->num_layers + 2) + 4) * tokens * size + 4 * step->num_threads * size + 256);
+  FrontBuffers buffers{memory.take<Input>(tokens * front->num_layers * size), memory.take<Input>(tokens * 2 * size),
+                       memory.take<float>(tokens * size), memory.take<float>(step->num_threads * size)};
+  HeadFrontRunner(*front, *step, buffers).run();
+}
+
+// places and, unless null, log_probs [rows][k], see top_of_row; k <= MAX_TOP.
+void specdec_top(const float* values, int64_t* places, float* log_probs, int32_t rows, int32_t size, int32_t k,
+                 int32_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
-  for (int row = 0; row < rows; ++row) top_of_row(values + int64_t(row) * size, size, k, places + int64_t(row) * k);
+  for (int row = 0; row < rows; ++row)
+    top_of_row(values + int64_t(row) * size, size, k, places + int64_t(row) * k,
+               log_probs ? log_probs + int64_t(row) * k : nullptr);
 }
 
 void specdec_move_slots(const Moves* moves) {

@@ -168,15 +168,26 @@ def top(values: Tensor, k: int, flavour: str | None = None) -> Tensor:
     """Where the ``k`` <= ``MAX_TOP`` largest of each row of float32 ``values`` [N, V] are, int64 [N, k], largest first;
     of equal values the first. Where a row has fewer numbers above minus infinity, -1.
     """
+    return _top(values, k, None, flavour)
+
+
+def top_log_probs(logits: Tensor, k: int, flavour: str | None = None) -> tuple[Tensor, Tensor]:
+    """The places of :func:`top`, and float32 [N, k] their logarithms after a softmax of each row."""
+    log_probs = torch.empty(logits.shape[0], k)
+    return _top(logits, k, log_probs, flavour), log_probs
+
+
+def _top(values: Tensor, k: int, log_probs: Tensor | None, flavour: str | None) -> Tensor:
     num_rows, size = values.shape
     assert values.dtype == torch.float32 and values.is_contiguous() and 0 < k <= MAX_TOP
     places = torch.empty(num_rows, k, dtype=torch.int64)
     threads = min(torch.get_num_threads(), max(num_rows, 1))
-    library(flavour).specdec_top(values.data_ptr(), places.data_ptr(), num_rows, size, k, threads)
+    out = None if log_probs is None else log_probs.data_ptr()
+    library(flavour).specdec_top(values.data_ptr(), places.data_ptr(), out, num_rows, size, k, threads)
     return places
 
 
-class _Packer:
+class Packer:
     """Lays matrices out one after another in a single huge-page buffer, in the order they are used."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -225,7 +236,7 @@ class CpuDecoder:
         )
         head = weights.get("lm_head", weights["embed"])
         tied = 0 if "lm_head" in weights else head.numel() + 32 * head.shape[1]
-        self._packer = _Packer(2 * (matrices + tied))
+        self._packer = Packer(2 * (matrices + tied))
         self._tables: dict[bytes, tuple[int, int]] = {}
         self._layers = (_LayerWeights * spec.num_layers)(
             *(self._layer(i, weights) for i in range(spec.num_layers))
@@ -348,7 +359,7 @@ class CpuDecoder:
         if wanted.size:
             assert captured is not None and captured.is_contiguous() and captured.dtype == torch.float32
             assert captured.shape == (wanted.size, token_ids.size, spec.hidden_size)
-            assert np.isin(wanted, chosen).all(), f"layers {wanted} are not all among those run, {chosen}"
+            assert set(wanted.tolist()) <= set(chosen.tolist()), f"layers {wanted} are not all run"
         step = _Step(
             *(a.ctypes.data for a in (*longs, *ints, chosen, wanted)),
             tree_mask.ctypes.data if tree_mask is not None else None,
