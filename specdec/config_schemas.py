@@ -121,13 +121,19 @@ class RecyclingConfig:
 
 @dataclass(frozen=True)
 class MergedConfig:
-    """drafters: names, each with its own defaults."""
+    """drafters: names, each with its own defaults, or options: {name: eagle, path: head}. step_tokens: see
+    ``specdec.drafter.merged.MergedDrafter``."""
 
     name: str = "merged"
-    drafters: list[str] = field(default_factory=lambda: ["suffix", "recycling"])
+    drafters: list[Any] = field(default_factory=lambda: ["suffix", "recycling"])
+    step_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(len(self.drafters) > 0, "drafter.drafters is empty: name some, e.g. [suffix,recycling]")
+        require(
+            self.step_tokens is None or self.step_tokens >= 1,
+            f"drafter.step_tokens={self.step_tokens} must be >= 1, or null",
+        )
 
 
 @dataclass(frozen=True)

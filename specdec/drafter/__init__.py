@@ -22,7 +22,9 @@ from specdec.drafter.synthetic import SyntheticDrafter
 from specdec.names import unknown_name
 
 
-def _merged(drafters: Sequence[str | Mapping[str, Any]] = ("suffix", "recycling")) -> Drafter:
+def _merged(
+    drafters: Sequence[str | Mapping[str, Any]] = ("suffix", "recycling"), step_tokens: int | None = None
+) -> Drafter:
     """A merged drafter of those that ``drafters`` name."""
     if isinstance(drafters, str | Mapping):
         raise ValueError(f"merged: drafters={drafters!r} must be a list of drafters")
@@ -31,7 +33,7 @@ def _merged(drafters: Sequence[str | Mapping[str, Any]] = ("suffix", "recycling"
         raise ValueError(f"merged: drafters={list(drafters)} must not name 'none'")
     if any(isinstance(source, SyntheticDrafter) for source in sources):
         raise ValueError("merged: 'synthetic' drafts alone, it needs the target's output beforehand")
-    return MergedDrafter(sources)
+    return MergedDrafter(sources, step_tokens)
 
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {

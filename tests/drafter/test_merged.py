@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specdec.drafter import make_drafter
 from specdec.drafter.base import Draft, Verified
-from specdec.drafter.merged import MAX_RATE, MergedDrafter, merge
+from specdec.drafter.merged import MAX_RATE, MergedDrafter, likeliest, merge
 from specdec.drafter.nodes import Nodes
 from tests.drafter.steps import Rig, branches
 
@@ -52,6 +52,25 @@ def test_the_likeliest_nodes_of_the_union_are_kept(proposals: list[Nodes], count
     assert [product[path] for path in kept] == pytest.approx(sorted(product.values(), reverse=True)[:count])
 
 
+@given(st.lists(trees(), min_size=1, max_size=4), st.integers(-1, 20))
+def test_over_all_rows_the_likeliest_nodes_are_kept_and_stay_trees(rows: list[Nodes], count: int):
+    def products(nodes: Nodes) -> list[float]:
+        confidence = dict(zip(paths(nodes), nodes.confidence, strict=True))
+        return [
+            float(np.prod([confidence[path[: depth + 1]] for depth in range(len(path))]))
+            for path in confidence
+        ]
+
+    ordered = [merge([nodes], 8) for nodes in rows]
+    kept = likeliest(ordered, count)
+    assert sum(len(nodes.tokens) for nodes in kept) == min(max(count, 0), sum(len(n.tokens) for n in ordered))
+    for ours, whole in zip(kept, ordered, strict=True):
+        assert paths(ours) == paths(whole)[: len(ours.tokens)], "no node without its parent"
+    everything = sorted((p for nodes in ordered for p in products(nodes)), reverse=True)
+    found = sorted((p for nodes in kept for p in products(nodes)), reverse=True)
+    assert found == pytest.approx(everything[: len(found)])
+
+
 class Fixed:
     """Always the same tree."""
 
@@ -76,6 +95,26 @@ class Fixed:
 
     def observe(self, plan, outcome, verified):
         self.seen.append(verified)
+
+
+def test_sure_rows_draft_what_unsure_ones_leave():
+    """A step of 8 tokens and two rows: the last token of each leaves room for six nodes."""
+
+    class Unsure(Fixed):
+        def propose(self, plan):
+            draft = super().propose(plan)
+            draft.confidence[plan.rows == 1] *= 0.1
+            return draft
+
+    source = Unsure([1, 2, 3, 4, 5], None, [0.9] * 5)
+    rig = Rig(MergedDrafter([source], step_tokens=8))
+    rig.load(0, 0, [1])
+    rig.load(1, 1, [1])
+    assert rig.propose([0, 1], [5, 5]).num_drafted.tolist() == [5, 1]
+    assert rig.propose([0, 1], [3, 3]).num_drafted.tolist() == [3, 3], "no more than the plan allows"
+    assert rig.propose([0], [5]).num_drafted.tolist() == [5]
+    with pytest.raises(ValueError, match="step_tokens=0 must be >= 1"):
+        MergedDrafter([source], step_tokens=0)
 
 
 def counting(prefix: list[int]) -> np.ndarray:
