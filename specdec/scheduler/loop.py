@@ -7,12 +7,14 @@ import math
 import numpy as np
 
 from specdec.scheduler.admission import Admission, Joined
+from specdec.scheduler.ahead import Ahead, foreseen, plan_of
 from specdec.scheduler.blocks import BlockPool
 from specdec.scheduler.limits import SchedulerConfig
 from specdec.scheduler.plan import NO_COPIES, NO_IDS, NO_INTS, IntArray, LongArray, StepOutcome, StepPlan
 from specdec.scheduler.policy import BatchPolicy, WaitingQueue
 from specdec.scheduler.request import Request, RequestState
-from specdec.scheduler.speculation import SpeculationController, fit_drafts
+from specdec.scheduler.shares import give_decodes, share
+from specdec.scheduler.speculation import SpeculationController
 from specdec.scheduler.table import RequestTable
 
 
@@ -22,6 +24,7 @@ class StepLoop:
     Attributes:
         next_step: number of the next plan.
         num_swapped_blocks: KV blocks in host memory.
+        kept_ahead: whether the last plan is the one that :meth:`look_ahead` had made; ``None`` if it had made none.
 
     Set ``draining`` once no request will be submitted any more: static batching then runs its last,
     partial batch.
@@ -46,6 +49,8 @@ class StepLoop:
         self.queue = WaitingQueue(config.order, config.ageing_s)
         self.next_step = 0
         self.num_swapped_blocks = 0
+        self.kept_ahead: bool | None = None
+        self._ahead: Ahead | None = None
         self._longest_known = 0
         self._longest_possible = min(config.max_model_len, config.num_blocks * config.block_size)
         self._silent: dict[int, Request] = {}  # rows without a first token
@@ -120,21 +125,67 @@ class StepLoop:
         """Decide the next step. Every call is followed by :meth:`commit`, unless the plan is empty."""
         left: list[Request] = []
         swapped: list[LongArray] = []
-        pending, drafts = self._reserve_decodes(now_s, left, swapped)
-        new = np.zeros(pending.size, np.int32)
-        budget = self.config.max_num_batched_tokens
-        if self.policy.decode_first:
-            budget = self._give_decodes(pending, new, drafts, budget)
-        budget = self._give_prefills(pending, new, budget)
+        self.kept_ahead = None
+        ahead = self._take_ahead(self._ahead) if self._ahead else None
+        if ahead:
+            pending, drafts, new, budget = ahead.pending, ahead.drafts, ahead.new, ahead.budget
+        else:
+            pending, drafts = self._reserve_decodes(now_s, left, swapped)
+            new, budget = share(self.policy, self.config.max_num_batched_tokens, pending, drafts)
         joined = Joined()
         if not left and self.queue and self.may_admit_at(self.next_step):
             budget = self.admit(now_s, budget, joined)
+        if ahead and not joined.requests:
+            self.next_step += 1
+            return ahead.settled(now_s, self.table)
         if not self.policy.decode_first:
-            self._give_decodes(pending, new, drafts, budget)
+            give_decodes(pending, new, drafts, budget)
         if joined.requests:
             new = np.concatenate([new, np.array(joined.new, np.int32)])
             drafts = np.concatenate([drafts, np.zeros(len(joined.requests), np.int32)])
         return self._plan(now_s, new, drafts, joined, left, swapped)
+
+    def look_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """Between ``begin`` and ``commit``, while ``plan`` runs: plan the step after it, as far as that is certain.
+
+        Nothing changes but the time that the next ``begin`` takes: it gives the plan that it would have given, from
+        this one if what was assumed of the outcome came true; see ``specdec.scheduler.ahead``. Controllers that look
+        at outcomes leave nothing to plan ahead.
+
+        Returns:
+            The next plan if nobody joins and the assumption holds, but for ``now_s``; ``begin`` then returns its
+            arrays. ``None`` if there is none, or its contexts hang on the drafts of ``plan``.
+        """
+        self._ahead = None
+        if self.speculation.max_drafts and not self.speculation.is_constant:
+            return None
+        rows, computed, known = foreseen(self.table, plan)
+        pending = known - computed
+        wanted = self._wanted_drafts(plan.now_s, rows, known) * (pending == 1)
+        drafts = wanted.copy()
+        new, budget = share(self.policy, self.config.max_num_batched_tokens, pending, drafts)
+        all_new, all_drafts = new, drafts
+        if not self.policy.decode_first:
+            all_new, all_drafts = new.copy(), drafts.copy()
+            give_decodes(pending, all_new, all_drafts, budget)
+        following = plan_of(self.next_step, self.table, rows, computed, known, all_new, all_drafts)
+        if following.is_empty:
+            return None
+        is_exact = not plan.num_drafts.any()
+        growth = self._growth(rows, computed, wanted) if is_exact else None
+        self._ahead = Ahead(rows, pending, wanted, new, drafts, budget, is_exact, growth, following)
+        return following if is_exact else None
+
+    def _take_ahead(self, ahead: Ahead) -> Ahead | None:
+        """``ahead``, with its blocks held, if it is what would be planned now."""
+        table, rows = self.table, ahead.rows
+        self._ahead, self.kept_ahead = None, False
+        if ahead.fits(table):
+            growth = ahead.growth
+            if not ahead.is_exact:
+                growth = self._growth(rows, table.num_computed[rows], ahead.wanted)
+            self.kept_ahead = growth is None or self._hold(*growth)
+        return ahead if self.kept_ahead else None
 
     def _plan(
         self,
@@ -181,8 +232,7 @@ class StepLoop:
 
         Under block pressure drafts go first, then whole requests, last in the queue's order first.
         """
-        table, size = self.table, self.config.block_size
-        rows = table.active
+        table, rows = self.table, self.table.active
         if rows.size == 0:
             return NO_INTS, NO_INTS
         computed, known = table.num_computed[rows], table.num_known[rows]
@@ -190,17 +240,30 @@ class StepLoop:
         drafts = self._wanted_drafts(now_s, rows, known)
         if np.count_nonzero(pending != self._ones[: rows.size]):
             drafts *= pending == 1
+        growth = self._growth(rows, computed, drafts)
+        if growth and not self._hold(*growth):
+            return self._reserve_under_pressure(now_s, left, swapped)
+        return pending, drafts
+
+    def _growth(
+        self, rows: LongArray, computed: IntArray, drafts: IntArray
+    ) -> tuple[LongArray, IntArray] | None:
+        """Which of ``rows`` lack blocks for one token and their drafts behind ``computed``, and how many."""
         # A row that still computes its prompt holds the blocks of all of it, so it is never short.
-        short = (computed + drafts >= table.capacity[rows]).nonzero()[0]
+        short = (computed + drafts >= self.table.capacity[rows]).nonzero()[0]
         if short.size == 0:
-            return pending, drafts
+            return None
         growing = rows[short]
-        need = -((table.capacity[growing] - computed[short] - 1 - drafts[short]) // size)
+        room = self.table.capacity[growing] - computed[short] - 1 - drafts[short]
+        return growing, -(room // self.config.block_size)
+
+    def _hold(self, growing: LongArray, need: IntArray) -> bool:
+        """Give rows ``need`` more blocks each; false, with nothing done, if too few are free."""
         total = int(need.sum())
         if total > self.pool.num_free:
-            return self._reserve_under_pressure(now_s, left, swapped)
-        table.append_blocks(growing, need, self.pool.allocate(total))
-        return pending, drafts
+            return False
+        self.table.append_blocks(growing, need, self.pool.allocate(total))
+        return True
 
     def _wanted_drafts(self, now_s: float, rows: LongArray, known: IntArray) -> IntArray:
         """Drafts that each of ``rows``, were it decoding, would have with room enough, int32 [R]."""
@@ -267,32 +330,6 @@ class StepLoop:
         request.num_preemptions += 1
         self.queue.push(request)
         return request
-
-    def _give_decodes(self, pending: IntArray, new: IntArray, drafts: IntArray, budget: int) -> int:
-        """One token to each decoding row in order, then drafts evenly; the budget that is left."""
-        decode = pending == 1
-        wanted = int(np.count_nonzero(decode)) + int(drafts.sum())
-        if wanted <= budget:
-            new += decode
-            return budget - wanted
-        decoding = np.flatnonzero(decode)
-        served = decoding[:budget]
-        drafts[decoding[budget:]] = 0
-        new[served] = 1
-        drafts[served] = fit_drafts(drafts[served], budget - served.size)
-        return budget - served.size - int(drafts[served].sum())
-
-    def _give_prefills(self, pending: IntArray, new: IntArray, budget: int) -> int:
-        """Tokens to rows whose prompt is not computed yet, in order; the budget that is left."""
-        for index in np.flatnonzero(pending > 1).tolist():
-            tokens = int(pending[index])
-            if tokens > budget and not self.policy.chunked_prefill:
-                break
-            new[index] = min(tokens, budget)
-            budget -= int(new[index])
-            if budget == 0:
-                break
-        return budget
 
     def may_admit_at(self, step: int) -> bool:
         """Whether requests may join in this step: with multi-step scheduling, a running batch opens now and then."""
