@@ -22,7 +22,7 @@ from specdec.model.batch import Captured
 from specdec.model.tokenizer import Tokenizer
 from specdec.output import OnToken, RequestOutput, StreamEvent, TextStream, TokenLogprobs
 from specdec.random import derive_seed
-from specdec.rows import RowState, StepInput, ragged_arange, verification_counts
+from specdec.rows import RowState, StepInput, StepLayout, ragged_arange, verification_counts
 from specdec.runner import Runner
 from specdec.scheduler import Request, SamplingParams, StepLoop, StepOutcome, StepPlan, hash_blocks
 from specdec.scheduler.plan import BoolArray, IntArray, LongArray
@@ -60,8 +60,9 @@ class Engine:
         rule: verification rule for sampled rows, "token" or "block"; of trees "recursive" or "traversal", which are
             the same rules there. Trees of deterministic drafts are verified one-hot.
         seed: from which requests without a seed derive theirs.
-        overlap: what only readers of a step's results wait for (streamed text, traces, finished outputs) is done while
-            the device computes the next step. What is drafted and scheduled next hangs on the results and cannot wait.
+        overlap: while the device computes a step, the next one is planned as far as it does not hang on the results
+            (``StepLoop.look_ahead``), and what only readers of the last step's results wait for is done: streamed text,
+            traces, finished outputs. A GPU computes meanwhile; a pass on the CPU is over by then.
         clock: seconds since an arbitrary start; replaced at the start of each :meth:`run`.
     """
 
@@ -94,6 +95,7 @@ class Engine:
         self._next_id = 0
         self._overlap = overlap
         self._later: list[Callable[[], None]] = []
+        self._layout: StepLayout | None = None
         self._start_s = time.perf_counter()
         self._carried_s = 0.0
         self._eos = np.array(sorted(tokenizer.eos_token_ids), np.int64)
@@ -217,7 +219,10 @@ class Engine:
         drafted_s = self.clock()
         batch, depths = self._input(plan, draft)
         logits, captured = self._forward(batch)
-        self._catch_up()  # a GPU has only been asked to begin
+        # A GPU has only been asked to begin.
+        if self._overlap:
+            self._look_ahead(plan)
+        self._catch_up()
         verified_s = self.clock()
         selection = self.acceptor.select(plan, draft, logits)
         if draft.parents is not None:
@@ -248,9 +253,17 @@ class Engine:
         if self.trace:
             loop = self.loop
             counts = loop.num_running, loop.num_waiting, loop.pool.num_free
-            self._defer(partial(self.trace.step, plan, outcome, now_s, self.clock(), *counts))
+            kept = loop.kept_ahead
+            self._defer(partial(self.trace.step, plan, outcome, now_s, self.clock(), *counts, kept))
         self._carried_s = self.clock() - decided_s
         return plan, jobs
+
+    def _look_ahead(self, plan: StepPlan) -> None:
+        """Plan the step after ``plan``, and lay out its pass if it is known to draft nothing."""
+        following, self._layout = self.loop.look_ahead(plan), None
+        if following is not None and not following.num_drafts.any():
+            counts = verification_counts(following, following.num_drafts)
+            self._layout = StepLayout(following.rows, following.context, *counts)
 
     def _submit_arrived(self, now_s: float) -> None:
         while self._arrivals and self._arrivals[0][0] <= now_s:
@@ -315,8 +328,18 @@ class Engine:
             masks[places] = node_masks[row, entry]
             offsets[places] = np.where(entry > 0, node_depths[row, np.maximum(entry, 1) - 1], 0)
         table, size = self.loop.table.block_table, self.loop.config.block_size
+        layout = self._layout if self._layout and self._layout.rows is plan.rows else None
         batch = StepInput(
-            self.state, table, size, plan.rows, plan.context, counts, logits, depths=offsets, tree_mask=masks
+            self.state,
+            table,
+            size,
+            plan.rows,
+            plan.context,
+            counts,
+            logits,
+            depths=offsets,
+            tree_mask=masks,
+            layout=layout,
         )
         return batch, depths
 

@@ -166,7 +166,8 @@ class LLM:
             ageing_s: under the order ``"priority"``, waiting so long raises a request's priority by one.
             num_swap_blocks: KV blocks in host memory for preempted requests; 0 computes them again.
             num_scheduler_steps: requests join a running batch at every so-manyth step only.
-            overlap: stream, trace and hand over a step's results while the device computes the next step; for GPUs.
+            overlap: while the device computes a step, plan the next one as far as it does not hang on the results, and
+                stream, trace and hand over those of the step before; for GPUs.
             seed: noise of requests that bring no seed of their own.
 
         Raises:

@@ -246,6 +246,18 @@ def phase_times(steps: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def plans_ahead(steps: pl.DataFrame) -> dict[str, int]:
+    """How many plans that were made while the step before ran were ``kept``, and how many ``discarded`` because the
+    outcome was another than assumed.
+
+    Raises:
+        ValueError: the table has no rows.
+    """
+    _check_rows(steps, "steps")
+    kept = steps["kept_ahead"].drop_nulls()
+    return {"kept": int(kept.sum()), "discarded": int((~kept).sum())}
+
+
 def bootstrap_ratio(
     numerators: ArrayLike,
     denominators: ArrayLike,

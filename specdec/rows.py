@@ -115,6 +115,32 @@ def ragged_arange(counts: NDArray[np.int32] | IntVector) -> IntVector:
     return np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)
 
 
+class StepLayout:
+    """What of a :class:`StepInput` hangs neither on the tokens nor on their blocks, so that it can be made before both.
+
+    Args:
+        rows, start, counts, logit_counts: as :class:`StepInput` takes them.
+
+    Attributes:
+        rows, start: as given.
+        query_start, logit_rows: as :class:`StepInput` has them.
+        row_of, starts, index: int64 [T], each token's row of the table, its row's start, and its place among the row's
+            tokens.
+        longest: tokens of the longest row.
+    """
+
+    def __init__(self, rows: LongArray, start: IntArray, counts: IntArray, logit_counts: IntArray) -> None:
+        self.rows, self.start = rows, start
+        self.query_start = np.zeros(rows.size + 1, np.int32)
+        np.cumsum(counts, out=self.query_start[1:])
+        self.starts = np.repeat(start.astype(np.int64), counts)
+        self.index = self.starts + ragged_arange(counts)
+        self.row_of = np.repeat(rows, counts)
+        self.longest = int((start + counts).max()) if rows.size else 0
+        first = self.query_start[1:].astype(np.int64) - logit_counts
+        self.logit_rows = np.repeat(first, logit_counts) + ragged_arange(logit_counts)
+
+
 class StepInput:
     """The ragged token batch of one forward pass: numpy in, and no per-request Python.
 
@@ -128,6 +154,7 @@ class StepInput:
         depths: int32 [T], what each token's position is beyond its row's start; ``None``: its index in the row.
         tree_mask: int64 [T, 2], see ``ForwardBatch``. The nodes of a tree are read from behind the known tokens and
             stored in the same order, whatever their positions.
+        layout: of these rows, if it has been made already.
 
     Attributes:
         token_ids, positions, slot_mapping: int64 [T].
@@ -150,22 +177,18 @@ class StepInput:
         *,
         depths: IntArray | None = None,
         tree_mask: LongArray | None = None,
+        layout: StepLayout | None = None,
     ) -> None:
-        self.query_start = np.zeros(rows.size + 1, np.int32)
-        np.cumsum(counts, out=self.query_start[1:])
+        layout = layout or StepLayout(rows, start, counts, logit_counts)
+        row_of, index = layout.row_of, layout.index
+        self.query_start, self.logit_rows = layout.query_start, layout.logit_rows
         self.context_lens = start
-        starts = np.repeat(start.astype(np.int64), counts)
-        index = starts + ragged_arange(counts)
-        self.positions = index if depths is None else starts + depths
+        self.positions = index if depths is None else layout.starts + depths
         self.tree_mask = tree_mask
-        row_of = np.repeat(rows, counts)
         self.token_ids = state.tokens[row_of, index].astype(np.int64)
         blocks = block_table[row_of, index // block_size].astype(np.int64)
         self.slot_mapping = blocks * block_size + index % block_size
-        longest = int((start + counts).max()) if rows.size else 0
-        self.block_tables = np.ascontiguousarray(block_table[rows, : -(-longest // block_size)])
-        first = self.query_start[1:].astype(np.int64) - logit_counts
-        self.logit_rows = np.repeat(first, logit_counts) + ragged_arange(logit_counts)
+        self.block_tables = np.ascontiguousarray(block_table[rows, : -(-layout.longest // block_size)])
 
 
 def verification_counts(plan: StepPlan, num_drafted: IntArray) -> tuple[IntArray, IntArray]:

@@ -48,6 +48,7 @@ _STEP_SCALARS: dict[str, Any] = {
     "num_waiting": pl.Int64,
     "num_free_blocks": pl.Int64,
     "num_preempted": pl.Int64,
+    "kept_ahead": pl.Boolean,
 }
 # Columns whose lists have the same length in a step; the names are the plan's or the outcome's, but for the
 # rows' num_accepted and num_emitted, whose names the totals have.
@@ -151,7 +152,7 @@ class RequestRecord:
 
 _TYPES = {"int": pl.Int64, "float": pl.Float64, "str": pl.String, "list[int]": _INTS, "Hashes": _HASHES}
 REQUEST_SCHEMA: dict[str, Any] = {item.name: _TYPES[str(item.type)] for item in fields(RequestRecord)}
-_StepEntry = tuple[StepPlan, StepOutcome, float, float, int, int, int]
+_StepEntry = tuple[StepPlan, StepOutcome, float, float, int, int, int, bool | None]
 
 
 class TraceWriter:
@@ -203,6 +204,7 @@ class TraceWriter:
         num_running: int,
         num_waiting: int,
         num_free_blocks: int,
+        kept_ahead: bool | None = None,
     ) -> None:
         """Record one executed step. The arrays are kept, not copied: never write to them afterwards.
 
@@ -211,8 +213,11 @@ class TraceWriter:
             start_s: the time that ``StepLoop.begin`` was given.
             end_s: when the step was done.
             num_running, num_waiting, num_free_blocks: after its commit.
+            kept_ahead: whether the plan that was made while the step before it ran was the one; ``None`` without such.
         """
-        self._steps.append((plan, outcome, start_s, end_s, num_running, num_waiting, num_free_blocks))
+        self._steps.append(
+            (plan, outcome, start_s, end_s, num_running, num_waiting, num_free_blocks, kept_ahead)
+        )
         if len(self._steps) >= self._flush_every:
             self._flush_steps()
 
@@ -289,7 +294,8 @@ def _step_scalars(
     num_running: int,
     num_waiting: int,
     num_free_blocks: int,
-) -> tuple[float | int, ...]:
+    kept_ahead: bool | None,
+) -> tuple[float | int | None, ...]:
     """In the order of ``_STEP_SCALARS``. A row that computes one token and emits is decoding, as the
     scheduler sees it, even if that token is the last of a prompt; all other rows are prefill."""
     is_prefill = (plan.num_new > 1) | ~plan.emits
@@ -311,6 +317,7 @@ def _step_scalars(
         num_waiting,
         num_free_blocks,
         plan.preempted.size,
+        kept_ahead,
     )
 
 

@@ -140,9 +140,14 @@ def test_phase_times_by_hand():
     assert table["mean_s"].to_list() == pytest.approx([0.25, 1.0, 0.1, 0.15, 0.5])
 
 
+def test_plans_ahead_by_hand():
+    steps = pl.DataFrame({"kept_ahead": [None, True, False, True, None]}, schema={"kept_ahead": pl.Boolean})
+    assert metrics.plans_ahead(steps) == {"kept": 2, "discarded": 1}
+
+
 def test_empty_tables_are_errors():
     steps, requests = pl.DataFrame(schema=STEP_SCHEMA), pl.DataFrame(schema=REQUEST_SCHEMA)
-    for measure in (metrics.decode_rows, metrics.phase_times):
+    for measure in (metrics.decode_rows, metrics.phase_times, metrics.plans_ahead):
         with pytest.raises(ValueError, match="steps table is empty"):
             measure(steps)
     for measure in (metrics.latencies, metrics.throughput, metrics.latency_table):

@@ -42,7 +42,8 @@ def served(llm: LLM, folder: Path, overlap: bool, drafter) -> dict:
 
 
 def _untimed(table: pl.DataFrame, first: int) -> list:
-    rows = table.select([name for name in table.columns if not name.endswith("_s")]).to_dicts()
+    kept = [name for name in table.columns if not name.endswith("_s") and name != "kept_ahead"]
+    rows = table.select(kept).to_dicts()
     return [
         {
             key: [one - first for one in value] if key in ("request_ids", "admitted", "preempted") else value
