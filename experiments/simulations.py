@@ -296,5 +296,18 @@ def with_step_times(
         row_s = 0.0 if drafter else cost_model.operators.draft_row_s
         filled.setdefault("draft_row_s", row_s)
         # The controller knows passes only, so a network's round trip is shared out among them.
-        filled["draft_step_s"] = ((drafter or cost_model).predict_scalar(one_row).draft_s - row_s) / most
+        one_s = ((drafter or cost_model).predict_scalar(one_row).draft_s - row_s) / most
+        many, context = 128.0, 128_000.0
+        rows = StepFeatures(
+            *[many * (1.0 + most)] * 2, many, many * (1.0 + most), 0.0, 0.0, 0.0, most, many, many * most
+        )
+        with_context = rows._replace(decode_context=context)
+        many_s, reading_s = (
+            ((drafter or cost_model).predict_scalar(step).draft_s - many * row_s) / most
+            for step in (rows, with_context)
+        )
+        token_s = max(0.0, (many_s - one_s) / (many - 1.0))
+        filled.setdefault("draft_token_s", token_s)
+        filled.setdefault("draft_context_token_s", max(0.0, reading_s - many_s) / context)
+        filled["draft_step_s"] = max(0.0, one_s - token_s)
     return filled

@@ -290,6 +290,8 @@ class GoodputConfig:
     overhead_s: float | None = None
     overhead_row_s: float | None = None
     draft_step_s: float | None = None
+    draft_token_s: float | None = None
+    draft_context_token_s: float | None = None
     draft_row_s: float | None = None
     step_tokens: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)

@@ -34,15 +34,12 @@ log = logging.getLogger(__name__)
 
 BUDGET_S = 4.0
 MAX_ROUNDS = 7
-_FEW = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-)  # a lone row chooses among these, and times need not lie on a line between powers of two
-MIN_SIZES = len(_FEW)  # however slow the device
+_FEW = (1, 2, 3, 4, 6, 8, 12)  # a lone row chooses among these
+_TILE = (
+    16  # tokens that matrix units take at once: a step of one more than a multiple may cost a whole tile more
+)
+_MOST_TILES = 9
+MIN_SIZES = 6  # however slow the device
 PROVISIONAL = {"step_tokens": (1, 2), "step_s": (1.0, 1.0)}
 """Times that stand in for those that are yet to be measured, for what checks the other options."""
 _CONTEXT = 1024  # tokens of each row, where the limits allow so many
@@ -156,7 +153,8 @@ class DeviceTimes:
 def measure_step_times(
     runner: Runner, limits: SchedulerConfig, max_drafts: int, budget_s: float = BUDGET_S
 ) -> StepTimes:
-    """Measure the target at 1, 2, 4, … tokens, up to ``limits.max_num_seqs`` · (1 + ``max_drafts``).
+    """Measure the target at a few tokens, whole tiles of a matrix unit and one more, and powers of two, up to
+    ``limits.max_num_seqs`` · (1 + ``max_drafts``) tokens.
 
     Sizes of which one pass would take more than a twelfth of ``budget_s``, or that the KV blocks cannot hold, are
     left out; the controller extends the last slope. The KV cache is overwritten.
@@ -227,13 +225,14 @@ def measure_draft_times(
     """What drafting ``max_drafts`` tokens takes, as options of the goodput controller; 0 without a drafter
     and of synthetic drafts.
 
-    A fresh drafter proposes a few times (twice if that takes seconds) for one greedy request, and medians are taken. Of
-    one that runs a model, ``draft_step_s`` is a proposal's time over its levels, or over its tokens if the controller
-    counts those: a tree with fewer passes than nodes then shares their time out among the nodes. Of one that runs
-    none, all its time counts for the row, as ``draft_row_s``. The KV cache is overwritten.
+    A fresh drafter proposes a few times (twice if that takes seconds) for one greedy request and for several, and
+    medians are taken. Of one that runs a model, ``draft_token_s`` is what a further row adds, over its tokens, and
+    ``draft_step_s`` the rest of a proposal's time over its levels, or over its tokens if the controller counts those: a
+    tree with fewer passes than nodes then shares their time out among the nodes. Of one that runs none, all its time
+    counts for the row, as ``draft_row_s``. What reading the context adds is not measured. The KV cache is overwritten.
     """
     made = make_drafter(drafter)
-    nothing = {"draft_step_s": 0.0, "draft_row_s": 0.0}
+    nothing = {"draft_step_s": 0.0, "draft_token_s": 0.0, "draft_row_s": 0.0}
     if made is None or made.name == "synthetic":  # which knows its own prompts only
         return nothing
     seen = _short_run(runner, tokenizer, made, replace(limits, max_num_seqs=1), max_drafts)
@@ -243,13 +242,38 @@ def measure_draft_times(
     if names <= _MODEL_FREE:
         times = nothing | {"draft_row_s": statistics.median(outcome.draft_s for outcome in seen)}
     else:
+        alone_s = statistics.median(outcome.draft_s for outcome in seen)
+        token_s = _further_row_s(runner, tokenizer, drafter, limits, max_drafts, alone_s) / max_drafts
         levels = [
             max(1, int(outcome.draft_depths.max(initial=0))) if by_level else max_drafts for outcome in seen
         ]
-        per_step = [outcome.draft_s / count for outcome, count in zip(seen, levels, strict=True)]
-        times = nothing | {"draft_step_s": statistics.median(per_step)}
+        per_step = [
+            (outcome.draft_s - token_s * max_drafts) / count
+            for outcome, count in zip(seen, levels, strict=True)
+        ]
+        times = nothing | {"draft_step_s": max(0.0, statistics.median(per_step)), "draft_token_s": token_s}
     log.info("drafting with %s takes %s", made.name, times)
     return times
+
+
+def _further_row_s(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    drafter: DrafterSpec,
+    limits: SchedulerConfig,
+    max_drafts: int,
+    alone_s: float,
+) -> float:
+    """What one more row adds to a proposal that takes ``alone_s`` for one; never more than for the first."""
+    several = min(limits.max_num_seqs, limits.num_blocks, _HOST_ROWS)
+    if several == 1:
+        return 0.0
+    made = make_drafter(drafter)
+    seen = _short_run(runner, tokenizer, made, replace(limits, max_num_seqs=several), max_drafts)
+    if not seen:
+        return 0.0
+    together_s = statistics.median(outcome.draft_s for outcome in seen)
+    return min(max(0.0, (together_s - alone_s) / (several - 1)), alone_s)
 
 
 def _short_run(
@@ -305,8 +329,9 @@ class _Passes:
 
     def sizes_within(self, longest_s: float) -> list[int]:
         """Numbers of tokens whose pass takes at most about ``longest_s``, and the smallest; they are warm then."""
+        tiles = [_TILE * count + more for count in range(1, _MOST_TILES + 1) for more in (0, 1)]
         powers = [1 << power for power in range(self._most.bit_length())]
-        sizes = sorted({*(few for few in _FEW if few <= self._most), *powers, self._most})
+        sizes = sorted(size for size in {*_FEW, *tiles, *powers, self._most} if size <= self._most)
         chosen: list[int] = []
         last_s = 0.0
         for tokens in sizes:

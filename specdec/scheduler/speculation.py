@@ -122,19 +122,32 @@ class LoadThreshold:
         return np.full(rows.size, self.max_drafts if rows.size <= self.max_running else 0, np.int32)
 
 
+_SECONDS = (
+    "context_token_s",
+    "overhead_s",
+    "overhead_row_s",
+    "draft_step_s",
+    "draft_token_s",
+    "draft_context_token_s",
+    "draft_row_s",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Goodput:
     """Over the whole batch, the drafts that maximise expected tokens per second.
 
-    A row's draft is worth the chance that it is accepted. Of a chain, draft j is worth α^j, with the row's own
-    acceptance rate α. Of a tree, the node of the n-th largest worth is the n-th draft: its path's product of
-    ``rank_rates``, each times s, the row's own success in units of those rates. (The tree of n nodes with the most
-    expected tokens has the n largest products: Sequoia, arXiv 2402.12374, section 3.)
+    A row's draft is worth the chance that it is accepted. Of a chain, draft j is worth the mean of α^j over what is
+    believed of the row's acceptance rate α: a Beta law of its prior, of what it has seen itself, and, at a limited
+    weight, of what the other rows have seen. (The mean of α^j is more than the mean of α to the power j, which drafts
+    too little while little is known.) Of a tree, the node of the n-th largest worth is the n-th draft: its path's
+    product of ``rank_rates``, each times s, the row's own success in units of those rates. (The tree of n nodes with
+    the most expected tokens has the n largest products: Sequoia, arXiv 2402.12374, section 3.)
 
     Drafts are admitted in falling order of worth, and of all so many the number is taken at which
     (rows + sum of worths) / step time is largest. Step times have plateaus, so the objective has several maxima: all
-    numbers and all longest drafts are tried, which finds the best of all combinations where rows cost the drafter
-    nothing of their own.
+    numbers and all longest drafts are tried, which finds the best of all combinations where all rows cost the drafter
+    the same for each draft.
 
     Args:
         max_drafts: most drafts of a row.
@@ -145,12 +158,16 @@ class Goodput:
         overhead_s, overhead_row_s: seconds of the host in every step, and for each of its rows. Drafts do not change
             them either.
         draft_step_s: seconds of one pass of the drafter: of a draft token of a chain, of a level of a tree.
+        draft_token_s: seconds that each further token adds to a pass of the drafter.
+        draft_context_token_s: seconds that reading one cached token of a row adds to each pass for that row.
         draft_row_s: seconds that drafting takes for each row that drafts.
         rank_rates: of drafters of trees, the chance that the child of each rank is the accepted one, given that its
             parent was; falling, of sum <= 1. Without them a tree counts as a chain of as many tokens, which drafts
             too little.
         prior_accepted, prior_rejected: pseudo-counts of a row's acceptance rate. Trees take ``rank_rates`` for the
             prior and the sum of both for its weight.
+        pool_weight: drafts that those of all other rows together count as in a row's estimate, at most. Without them
+            one early rejection silences a row for long, and many rows at once.
         probe_every: a row that drafts nothing although one that nothing is known of would drafts one token every so
             many steps, or its estimate could never recover.
     """
@@ -162,10 +179,13 @@ class Goodput:
     overhead_s: float = 0.0
     overhead_row_s: float = 0.0
     draft_step_s: float = 0.0
+    draft_token_s: float = 0.0
+    draft_context_token_s: float = 0.0
     draft_row_s: float = 0.0
     rank_rates: tuple[float, ...] = ()
     prior_accepted: float = 2.0
     prior_rejected: float = 1.0
+    pool_weight: float = 12.0
     probe_every: int = 32
     is_constant: bool = field(default=False, init=False)
     _seconds: NDArray[np.float64] = field(init=False, repr=False, compare=False)
@@ -181,9 +201,11 @@ class Goodput:
             )
         if not all(np.diff(tokens) > 0) or not all(np.diff(seconds) >= 0) or tokens[0] < 1 or seconds[0] <= 0:
             raise ValueError("step_tokens must rise from >= 1, and step_s > 0 must not fall")
-        for name in ("context_token_s", "overhead_s", "overhead_row_s", "draft_step_s", "draft_row_s"):
+        for name in _SECONDS:
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be finite seconds >= 0")
+        if not 0.0 <= self.pool_weight < float("inf"):
+            raise ValueError(f"pool_weight={self.pool_weight} must be a finite number >= 0")
         for name in ("prior_accepted", "prior_rejected"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number > 0")
@@ -211,11 +233,14 @@ class Goodput:
         fixed_s += self.overhead_s + self.overhead_row_s * num_rows
         target_s = self._seconds[num_rows : most + 1] + fixed_s
         best_rate, chosen = num_rows / target_s[0], order[:0]
-        # The drafter's time depends on the deepest draft alone; where it takes none, longer is never worse.
+        by_token = self.draft_token_s + self.draft_context_token_s * computed[decoding]
+        # The number of passes depends on the deepest draft alone; where they take no time, longer is never worse.
         for longest in range(1 if self.draft_step_s else k, k + 1):
             allowed = order if longest == k else order[order < longest * num_rows]
             tokens = num_rows + np.add.accumulate(worth[allowed])
             seconds = target_s[1 : allowed.size + 1] + self.draft_step_s * levels[longest - 1]
+            if self.draft_token_s or self.draft_context_token_s:
+                seconds = seconds + np.add.accumulate(by_token[allowed % num_rows])
             if self.draft_row_s:
                 seconds = seconds + self.draft_row_s * np.add.accumulate(allowed < num_rows)
             rates = tokens / seconds
@@ -228,15 +253,24 @@ class Goodput:
 
     def _worth(self, table: RequestTable, rows: LongArray) -> tuple[NDArray[np.float64], LongArray]:
         """Of each row's drafts float64 [k, R], falling; and the levels of so many drafts, int64 [k]."""
-        accepted, rejected = table.num_accepted[rows], table.num_rejected[rows]
+        accepted, rejected = self._with_others(table.num_accepted[rows], table.num_rejected[rows])
         if self._tree is not None:
             weight = self.prior_accepted + self.prior_rejected
             drafted = table.num_drafted[rows] / np.maximum(table.num_steps[rows], 1)
             return self._tree.worth(accepted, rejected, drafted, weight), self._tree.levels
+        drafts = np.arange(self.max_drafts)
         likely = accepted + self.prior_accepted
-        worth = np.empty((self.max_drafts, rows.size))
-        worth[:] = likely / (likely + rejected + self.prior_rejected)
-        return np.multiply.accumulate(worth, axis=0), np.arange(1, self.max_drafts + 1)
+        # Of Beta(a, b), the mean of α^j is the product of (a + i) / (a + b + i) over i < j.
+        chances = likely + drafts[:, None]
+        chances /= chances + (rejected + self.prior_rejected)
+        return np.multiply.accumulate(chances, axis=0), drafts + 1
+
+    def _with_others(self, accepted: IntArray, rejected: IntArray) -> tuple[NDArray[np.float64], ...]:
+        """Each row's counts, float64 [R], and those of the others at no more than ``pool_weight``."""
+        all_accepted, all_rejected = int(np.add.reduce(accepted)), int(np.add.reduce(rejected))
+        others = all_accepted + all_rejected - accepted - rejected
+        share = self.pool_weight / np.maximum(others, max(self.pool_weight, 1.0))
+        return accepted + share * (all_accepted - accepted), rejected + share * (all_rejected - rejected)
 
     def _probe(
         self,
@@ -252,7 +286,8 @@ class Goodput:
         if idle.size == 0:
             return
         total = int(counts.sum())
-        added_s = target_s[min(total + 1, target_s.size - 1)] - target_s[total] + self.draft_row_s
+        added_s = target_s[min(total + 1, target_s.size - 1)] - target_s[total]
+        added_s += self.draft_row_s + self.draft_token_s
         added_s += 0.0 if total else self.draft_step_s
         prior = self.prior_accepted / (self.prior_accepted + self.prior_rejected)
         if self._tree is not None:

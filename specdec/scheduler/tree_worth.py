@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.scheduler.plan import IntArray, LongArray
+from specdec.scheduler.plan import LongArray
 
 _LEAST_RATE = 1e-6
 
@@ -64,7 +64,11 @@ class TreeWorth:
         return rates
 
     def worth(
-        self, accepted: IntArray, rejected: IntArray, drafted: NDArray[np.float64], prior_weight: float
+        self,
+        accepted: NDArray[np.float64],
+        rejected: NDArray[np.float64],
+        drafted: NDArray[np.float64],
+        prior_weight: float,
     ) -> NDArray[np.float64]:
         """The chance that each node is accepted, float64 [size, R], falling along ``size``.
 
@@ -72,7 +76,7 @@ class TreeWorth:
         was accepted of them.
 
         Args:
-            accepted, rejected: int32 [R], levels so far.
+            accepted, rejected: [R], levels so far.
             drafted: [R], mean nodes of the row's trees so far.
             prior_weight: levels that the belief in s = 1 counts as.
         """

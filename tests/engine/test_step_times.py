@@ -54,7 +54,7 @@ def measured(monkeypatch, scale: float, budget_s: float, limits: SchedulerConfig
 
 def test_medians_find_the_times_of_the_device(monkeypatch):
     times, runner = measured(monkeypatch, 1e-3, 10.0)
-    assert times.step_tokens == (1, 2, 3, 4, 6, 8, 16, 32, 48) and times.max_tokens == 48
+    assert times.step_tokens == (1, 2, 3, 4, 6, 8, 12, 16, 17, 32, 33, 48) and times.max_tokens == 48
     assert times.step_s == pytest.approx([1e-3 * (1 + 0.5 * t) for t in times.step_tokens], rel=0.101)
     assert times.context_token_s == pytest.approx(1e-6, rel=0.6)  # rounds have an odd number of passes
     assert times.num_rounds == step_times.MAX_ROUNDS
@@ -66,7 +66,7 @@ def test_medians_find_the_times_of_the_device(monkeypatch):
 @pytest.mark.parametrize("budget_s", [60.0, 300.0])
 def test_a_slow_device_is_measured_within_the_budget(monkeypatch, budget_s: float):
     times, _ = measured(monkeypatch, 1.0, budget_s)
-    assert step_times.MIN_SIZES <= len(times.step_tokens) < 9
+    assert step_times.MIN_SIZES <= len(times.step_tokens) < 12
     assert times.measured_s < 1.2 * budget_s
     assert (np.diff(times.step_s) >= 0).all() and times.step_s[0] > 0
 
@@ -74,7 +74,7 @@ def test_a_slow_device_is_measured_within_the_budget(monkeypatch, budget_s: floa
 def test_kv_blocks_limit_the_sizes(monkeypatch):
     limits = SchedulerConfig(max_num_seqs=12, num_blocks=5, block_size=4, max_model_len=20)
     times, _ = measured(monkeypatch, 1e-3, 10.0, limits)
-    assert times.step_tokens == (1, 2, 3, 4, 6, 8, 16)
+    assert times.step_tokens == (1, 2, 3, 4, 6, 8, 12, 16, 17)
 
 
 def test_real_passes_are_positive_and_monotone(tiny_llama_dir: Path):
@@ -144,13 +144,14 @@ def test_drafters_that_run_a_model_take_time_by_step_and_others_by_row(
         limits = llm.engine.loop.config
         return measure_draft_times(llm.runner, llm.tokenizer, drafter, limits, 3, **options)
 
-    assert measure(None) == {"draft_step_s": 0.0, "draft_row_s": 0.0}
+    assert measure(None) == {"draft_step_s": 0.0, "draft_token_s": 0.0, "draft_row_s": 0.0}
     for free in ("ngram", "recycling", MERGED):
         times = measure(free)
         assert times["draft_step_s"] == 0.0 < times["draft_row_s"] < 1.0
     for drafter in ("layer_skip", model, {"name": "merged", "drafters": ["ngram", model]}):
         times = measure(drafter)
-        assert times["draft_row_s"] == 0.0 < times["draft_step_s"] < 1.0
+        assert times["draft_row_s"] == 0.0 < times["draft_step_s"] + times["draft_token_s"] < 1.0
+        assert min(times.values()) >= 0.0
 
 
 def test_a_trees_time_is_shared_among_its_levels_if_the_controller_counts_them(
@@ -230,4 +231,4 @@ def test_nothing_is_drafted_where_nothing_is_accepted_and_all_where_all_is(
     assert max(max(row) for row in later) <= 1, "more than a probe"
     assert sum(map(sum, later)) <= len(later) * 3 / 16
     # Each acceptance raises it, until all six pay; the last token comes from the target.
-    assert drafts[1.0][3:-1] == [[6, 6, 6]] * 3
+    assert len(drafts[1.0][3:-1]) >= 2 and all(row == [6, 6, 6] for row in drafts[1.0][3:-1])

@@ -186,6 +186,7 @@ TIMES = {
     "overhead_s": 0.1,
     "overhead_row_s": 0.2,
     "draft_step_s": 0.5,
+    "draft_token_s": 0.125,
     "draft_row_s": 0.25,
 }
 
@@ -195,7 +196,7 @@ def test_times_of_a_batch():
     fixed = 0.1 + 2 * 0.2 + 2 * 10 * 0.01
     # Two rows of 1, 2, 3 and 11 tokens; beyond four the last slope, half a second a token, goes on.
     assert times.verify_s[[0, 1, 2, 10]].tolist() == pytest.approx(
-        [1 + fixed, 2 + fixed, 3 + fixed, 11 + fixed]
+        [1 + fixed, 2.25 + fixed, 3.5 + fixed, 13.5 + fixed]
     )
     assert times.draft_s.tolist() == pytest.approx([0.0, 1.0, 1.5])
     assert times.verify_s.size == 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -119,9 +120,21 @@ def test_goodput_finds_the_best_of_all_combinations_of_lengths(
     controller = make_controller("goodput", max_drafts=3, draft_step_s=draft_step_s, **PLATEAUS)
     table = a_table(counts)
 
+    def accepted_through(row: int, drafts: int) -> float:
+        """The mean of α^drafts over the Beta law of a row, a quotient of Beta functions."""
+        a, b = counts[row][0] + 2.0, counts[row][1] + 1.0
+        others = [sum(column) for column in zip(*(c for i, c in enumerate(counts) if i != row), strict=True)]
+        if others and sum(others):
+            share = min(1.0, controller.pool_weight / sum(others))
+            a, b = a + share * others[0], b + share * others[1]
+        return math.exp(
+            math.lgamma(a + drafts) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(a + b + drafts)
+        )
+
     def per_second(lengths: tuple[int, ...]) -> float:
-        alphas = [(accepted + 2) / (accepted + rejected + 3) for accepted, rejected in counts]
-        tokens = sum(sum(a**j for j in range(k + 1)) for a, k in zip(alphas, lengths, strict=True))
+        tokens = sum(
+            1.0 + sum(accepted_through(row, j) for j in range(1, k + 1)) for row, k in enumerate(lengths)
+        )
         seconds = np.interp(len(counts) + sum(lengths), PLATEAUS["step_tokens"], PLATEAUS["step_s"])
         return tokens / (seconds + draft_step_s * max(lengths))
 
@@ -163,10 +176,31 @@ def test_goodput_leaves_out_rows_that_are_not_worth_their_drafting() -> None:
     table = a_table([(50, 2), (2, 20)])
     for row_s, expected in ((0.0, [4, 1]), (0.2, [4, 0]), (9.0, [0, 0])):
         controller = make_controller(
-            "goodput", max_drafts=4, step_tokens=(1, 64), step_s=(1.0, 1.01), draft_row_s=row_s
+            "goodput",
+            max_drafts=4,
+            step_tokens=(1, 64),
+            step_s=(1.0, 1.01),
+            draft_row_s=row_s,
+            pool_weight=0.0,
         )
         lengths = controller.num_drafts(table, table.active, 0.0)
         assert (lengths > 0).tolist() == [count > 0 for count in expected], row_s
+
+
+def test_one_early_rejection_does_not_silence_a_row_while_others_do_well() -> None:
+    options = {"max_drafts": 4, "step_tokens": (1, 2), "step_s": (1.0, 1.1), "probe_every": 1000}
+    table = a_table([(0, 2), *[(40, 18)] * 7])
+    for pool_weight, drafts in ((0.0, False), (12.0, True)):
+        controller = make_controller("goodput", pool_weight=pool_weight, **options)
+        assert (controller.num_drafts(table, table.active, 0.0)[0] > 0) == drafts
+    hopeless = a_table([(2, 40), *[(40, 18)] * 7])
+    assert make_controller("goodput", **options).num_drafts(hopeless, hopeless.active, 0.0)[0] == 0
+    alone = a_table([(0, 2)])
+    counts = [
+        make_controller("goodput", pool_weight=weight, **options).num_drafts(alone, alone.active, 0.0)[0]
+        for weight in (0.0, 12.0)
+    ]
+    assert counts[0] == counts[1], "there are no others"
 
 
 def test_goodput_probes_rows_whose_estimate_fell_while_drafting_pays_for_others() -> None:
