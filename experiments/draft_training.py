@@ -25,7 +25,7 @@ from specdec.model.weights import LoadedModel
 from specdec.scheduler import SamplingParams
 from specdec.tracking import Run, write_json
 from specdec.training.batches import Batches
-from specdec.training.corpus import Answer, Corpus
+from specdec.training.corpus import Answer, Corpus, stored_layers
 from specdec.training.generate import ask_questions, generate_answers
 from specdec.training.learners import EagleLearner, Learner, MedusaLearner, acceptance
 from specdec.training.questions import make_questions, opening_of_user_turn, text_windows, training_prompts
@@ -62,8 +62,14 @@ class Budget:
         write_json(self._path, {"spent_s": self.spent_s})
 
 
-def layers_of(options: TrainDraftConfig, target: ModelConfig) -> tuple[int, ...]:
-    """The target's layers whose outputs are kept; the last one serves all but eagle3."""
+def layers_of(options: TrainDraftConfig, target: ModelConfig, corpus: Path) -> tuple[int, ...]:
+    """The target's layers whose outputs are kept; the last one serves all but eagle3.
+
+    Medusa heads and students also take the answers of a ``corpus`` that keeps others before the last.
+    """
+    stored = stored_layers(corpus)
+    if stored and options.kind in ("medusa", "student") and stored[-1] == target.num_layers - 1:
+        return stored
     variant = "eagle3" if options.kind == "eagle3" else "eagle1"
     return EagleShape.of(target, variant, options.layers).layers
 

@@ -298,9 +298,8 @@ def with_step_times(
         # The controller knows passes only, so a network's round trip is shared out among them.
         one_s = ((drafter or cost_model).predict_scalar(one_row).draft_s - row_s) / most
         many, context = 128.0, 128_000.0
-        rows = StepFeatures(
-            *[many * (1.0 + most)] * 2, many, many * (1.0 + most), 0.0, 0.0, 0.0, most, many, many * most
-        )
+        all_tokens = many * (1.0 + most)
+        rows = StepFeatures(all_tokens, all_tokens, many, all_tokens, 0.0, 0.0, 0.0, most, many, many * most)
         with_context = rows._replace(decode_context=context)
         many_s, reading_s = (
             ((drafter or cost_model).predict_scalar(step).draft_s - many * row_s) / most

@@ -74,7 +74,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             f"experiment.max_len={options.max_len} exceeds the engine's max_model_len={llm.max_model_len}"
         )
     model, target = llm.runner.model, llm.runner.config
-    layers, top_k = layers_of(options, target), min(options.top_k, target.vocab_size)
+    layers, top_k = layers_of(options, target, work / "corpus"), min(options.top_k, target.vocab_size)
     corpus = Corpus(work / "corpus", layers, target.hidden_size, top_k, options.cache_mb << 20, model.source)
     teacher = Teacher(llm.runner, llm.num_blocks, llm.block_size, layers, top_k)
     budget, checkpoint = Budget(work / "budget.json", options.budget_s), work / "state.safetensors"

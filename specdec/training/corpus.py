@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_HEADER = "corpus.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -61,6 +63,12 @@ class Taught:
     hidden: Tensor
     top_ids: NDArray[np.int32]
     top_probs: NDArray[np.float32]
+
+
+def stored_layers(directory: Path) -> tuple[int, ...] | None:
+    """The target's layers whose outputs a corpus in ``directory`` keeps; ``None`` if there is none."""
+    header = directory / _HEADER
+    return tuple(json.loads(header.read_text())["layers"]) if header.exists() else None
 
 
 class Corpus:
@@ -112,7 +120,7 @@ class Corpus:
         return sum(answer.num_answer for answer in self.answers)
 
     def _check_header(self, header: dict[str, Any]) -> None:
-        path = self.directory / "corpus.json"
+        path = self.directory / _HEADER
         if not path.exists():
             path.write_text(json.dumps(header))
         found = json.loads(path.read_text())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads.borrowed import Borrowed
+from specdec.heads.linear import padded
 from specdec.heads.unroll import Packed
 from specdec.kv_cache import KVCache
 from specdec.model.batch import ForwardBatch
@@ -71,6 +72,12 @@ class Student(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Hidden states [T, H] before the final norm."""
+        num_tokens = packed.tokens.numel()
+        missing = padded(num_tokens) - num_tokens
+        if missing:  # by a sequence that nobody looks at; ``heads.linear`` says why
+            filler = torch.zeros(missing, dtype=packed.tokens.dtype)
+            positions = torch.cat([packed.positions, torch.arange(missing)])
+            packed = Packed(torch.cat([packed.tokens, filler]), (*packed.lengths, missing), positions)
         longest, count = max(packed.lengths), len(packed.lengths)
         config, starts = self.config, torch.tensor([a for a, _ in packed.spans])
         lengths = torch.tensor(packed.lengths)
@@ -88,7 +95,7 @@ class Student(nn.Module):
         cache = KVCache(
             config.num_layers, count, longest, config.num_kv_heads, config.head_dim, torch.float32
         )
-        return Decoder(config, self.weights(), torch.float32, "cpu").forward(batch, cache)
+        return Decoder(config, self.weights(), torch.float32, "cpu").forward(batch, cache)[:num_tokens]
 
 
 class StudentLearner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,43 @@ def test_an_interrupted_run_goes_on_to_the_same_head(model_dir, tmp_path, monkey
     assert again["acceptance"] == summary["acceptance"]
     ours, theirs = (load_file(tmp_path / name / "head" / "head.safetensors") for name in "cd")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_corpus_serves_all_kinds(model_dir, tmp_path):
+    """Answers that were made for an eagle3 head also teach medusa heads and students, and none are added."""
+    first = trained(
+        model_dir, tmp_path / "a", f"experiment.work={tmp_path / 'work'}", "experiment.num_steps=1"
+    )
+    (tmp_path / "work" / "state.safetensors").unlink()
+    for kind in ("medusa", "student"):
+        options = [f"experiment.kind={kind}", "experiment.num_layers=1", "experiment.generate_share=0"]
+        options += [f"experiment.work={tmp_path / 'work'}", "experiment.num_steps=1"]
+        summary = trained(model_dir, tmp_path / kind, *options)
+        assert summary["data"] == first["data"] and summary["training"]["steps"] == 1
+        (tmp_path / "work" / "state.safetensors").unlink()
+
+
+def test_the_target_writes_its_own_questions(model_dir, tmp_path):
+    """The target is random: with one token in twelve for an end, its questions end."""
+    talkative = tmp_path / "model"
+    shutil.copytree(model_dir, talkative)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((talkative / name).read_text())
+        (talkative / name).write_text(json.dumps({**settings, "eos_token_id": list(range(2, 320, 12))}))
+    model_dir, work = talkative, tmp_path / "work"
+    options = ["experiment.prompts=[self]", "experiment.num_self=40", f"experiment.work={work}"]
+    summary = trained(model_dir, tmp_path / "a", *options, "experiment.max_len=120", "experiment.num_steps=1")
+    rows = [json.loads(line) for line in (work / "questions.jsonl").read_text().splitlines()]
+    assert sorted(row["number"] for row in rows) == list(range(40))
+    texts = [row["text"] for row in rows if row["text"]]
+    assert len(set(texts)) > 10, "they differ, and enough of them end by themselves"
+    assert "experiment.prompts=['self']" in summary["command"]
+    answers = [json.loads(line) for line in (work / "corpus" / "answers.jsonl").read_text().splitlines()]
+    assert {answer["task"] for answer in answers} == {"self"} and len(answers) > 5
+    again = trained(model_dir, tmp_path / "b", *options, "experiment.max_len=120", "experiment.num_steps=1")
+    assert again["data"] == summary["data"], "nothing is asked or answered twice"
+    with pytest.raises(ValueError, match="leaves no room for questions"):
+        trained(model_dir, tmp_path / "c", *options[:2], "experiment.max_len=20")
 
 
 def test_a_text_is_taught_as_it_stands(model_dir, tmp_path):
