@@ -149,8 +149,8 @@ class StepLoop:
         """Between ``begin`` and ``commit``, while ``plan`` runs: plan the step after it, as far as that is certain.
 
         Nothing changes but the time that the next ``begin`` takes: it gives the plan that it would have given, from
-        this one if what was assumed of the outcome came true; see ``specdec.scheduler.ahead``. Controllers that look
-        at outcomes leave nothing to plan ahead.
+        this one if what was assumed of the outcome came true; see ``specdec.scheduler.ahead``. Under a controller
+        whose answer may change nothing is planned ahead.
 
         Returns:
             The next plan if nobody joins and the assumption holds, but for ``now_s``; ``begin`` then returns its

@@ -141,7 +141,7 @@ def test_a_cancelled_request_discards_the_plan():
     assert ahead.kept[False] > 0
 
 
-def test_controllers_that_look_at_outcomes_plan_nothing_ahead():
+def test_under_a_controller_that_may_change_nothing_is_planned_ahead():
     _, ahead = both(ROOMY, CHUNKED, make_controller("adaptive", max_drafts=3), Traffic(seed=0))
     assert ahead.kept == {None: len(ahead.plans)}
 
