@@ -6,6 +6,7 @@ engine must not hold any of the runner's blocks meanwhile.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from specdec.rows import RowState, StepInput
 from specdec.runner import Runner
 from specdec.scheduler import SchedulerConfig
 from specdec.scheduler.plan import IntArray
+from specdec.tree import pack_trees
 
 MIN_SIZES = 4
 """Of each kind, however slow the device."""
@@ -29,10 +31,12 @@ _PASS_SHARE = 1 / 200  # of the budget that one pass may take
 _LOGITS_BYTES = 2**29
 _CONTEXTS = (16, 64, 256, 1024, 4096, 16384, 65536)
 _PER_ROW = (2, 4, 8, 16, 32, 64)
+_TREES = (4, 16, 64)
 
 
 class Size(NamedTuple):
-    """``rows`` of so many ``tokens`` behind so much ``context`` each; ``head`` has logits of all, others of none."""
+    """``rows`` of so many ``tokens`` behind so much ``context`` each; ``head`` has logits of all, others of none; of a
+    ``tree`` the first token is the root, and every token has two children as long as they last."""
 
     kind: str
     rows: int
@@ -101,6 +105,8 @@ class DevicePasses:
         yield from (Size("decode", count, 1, context) for count in rows for context in contexts)
         for count, tokens, context in itertools.product(rows[::2], _PER_ROW, contexts[::2]):
             yield Size("verify", count, tokens, context)
+        for count, tokens, context in itertools.product(rows[::2], _TREES, contexts[::2]):
+            yield Size("tree", count, tokens, context)
         for chunk, context in itertools.product([total for total in totals if total >= 4], (0, *contexts)):
             yield Size("prefill", 1, chunk, min(context, self.longest - chunk))
 
@@ -138,13 +144,17 @@ class DevicePasses:
     def size_s(self, size: Size) -> float:
         counts = np.full(size.rows, size.tokens, np.int32)
         logits = counts if size.kind == "head" else np.zeros_like(counts)
-        return self.seconds(counts, np.full(size.rows, size.context, np.int32), logits)
+        contexts = np.full(size.rows, size.context, np.int32)
+        return self.seconds(counts, contexts, logits, is_tree=size.kind == "tree")
 
     def step_s(self, step: WholeStep) -> float:
         return self.seconds(step.counts, step.contexts, step.logits)
 
-    def seconds(self, counts: IntArray, contexts: IntArray, logits: IntArray) -> float:
-        """One pass of int32 [R] tokens behind contexts, the last of each row with so many logits."""
+    def seconds(
+        self, counts: IntArray, contexts: IntArray, logits: IntArray, *, is_tree: bool = False
+    ) -> float:
+        """One pass of int32 [R] tokens behind contexts, the last of each row with so many logits; chains, or trees,
+        which all have as many tokens."""
         size = self._limits.block_size
         widths = -(-(contexts + counts) // size)
         first = np.cumsum(widths) - widths
@@ -152,7 +162,18 @@ class DevicePasses:
         self._wait()
         start_s = time.perf_counter()
         rows = np.arange(counts.size)
-        batch = StepInput(self._state, table.astype(np.int32), size, rows, contexts, counts, logits)
+        depths, masks = _binary_trees(counts.size, int(counts[0]) - 1) if is_tree else (None, None)
+        batch = StepInput(
+            self._state,
+            table.astype(np.int32),
+            size,
+            rows,
+            contexts,
+            counts,
+            logits,
+            depths=depths,
+            tree_mask=masks,
+        )
         self._runner.forward(batch)
         self._wait()
         return time.perf_counter() - start_s
@@ -188,6 +209,15 @@ class DevicePasses:
         blocks = int((-(-(step.contexts + step.counts) // self._limits.block_size)).sum())
         few_logits = int(step.logits.sum()) <= self._max_logits
         return blocks <= self._limits.num_blocks and int(step.counts.sum()) <= most_tokens and few_logits
+
+
+@functools.cache
+def _binary_trees(rows: int, nodes: int) -> tuple[IntArray, NDArray[np.int64]]:
+    """Depths int32 [T] and masks int64 [T, 2] of ``rows`` roots with binary trees of so many nodes."""
+    parents = np.tile((np.arange(1, nodes + 1, dtype=np.int32) - 1) // 2 - 1, (rows, 1))
+    depths, masks = pack_trees(parents, np.full(rows, nodes, np.int32))
+    roots = np.zeros((rows, 1), np.int32)
+    return np.concatenate([roots, depths], axis=1).ravel(), masks.reshape(rows * (nodes + 1), 2)
 
 
 def _powers(most: int) -> list[int]:

@@ -7,7 +7,7 @@ of its pass. The forms are those that :class:`sim.curves.Operators` composes:
 
 * ``dense``: a rising curve of tokens; ``lm_head``: of rows of logits; ``sampling`` likewise;
 * decoding rows: the longer of a rising curve of KV entries, at least c per row, and of a single row's reading;
-* verification: the longer of that and of a time per query-key pair;
+* verification: the longer of that and of a time per query-key pair; trees are not fitted, they are judged by that;
 * prompt chunks: the longer of a rising curve of query-key pairs + c · tokens, and of reading the KV cache once;
 * the host: a + b · rows.
 
@@ -31,6 +31,7 @@ from sim.device_points import (
     FLOOR_S,
     KINDS,
     MIXED,
+    TREE,
     Mask,
     Points,
     fit_chunks,
@@ -122,11 +123,18 @@ def fit_device(
     fitting = _Fitting({kind: points_of(passes, kind) for kind in KINDS}, num_layers, source)
     fits = {kind: fitting.added(kind) for kind in KINDS}
     held_out = {_OPERATORS[kind]: fitting.errors(kind) for kind in KINDS}
+    trees = points_of(passes, TREE) if TREE in passes["kind"].unique() else None
+    if trees is not None:
+        held_out["tree_verification"] = fitting.tree_errors(trees)
     operators = fitting.operators()
     operators = _with_honest_spread(operators, held_out)
     operators = _with_host(operators, host, num_layers, is_asynchronous, source)
     operators = replace(operators, **fit_drafts(drafts, source))
-    table = [row for kind in KINDS for row in fitting.rows(kind, fits[kind])]
+    table = [
+        row for kind in KINDS for row in fitting.rows(_OPERATORS[kind], fitting.points[kind], fits[kind])
+    ]
+    if trees is not None:
+        table += fitting.rows("tree_verification", trees, fitting.verification(trees))
     whole = _whole_steps(operators, num_layers, mixed)
     return DeviceFit(operators, held_out, table, whole, whole_error(whole))
 
@@ -135,13 +143,13 @@ class _Fitting:
     """Fits of each kind to all of its points or to some."""
 
     def __init__(self, points: Mapping[str, Points], num_layers: int, source: str) -> None:
-        self._points, self._num_layers, self._source = points, num_layers, source
+        self.points, self._num_layers, self._source = points, num_layers, source
         self._decode = fit_rows(points["decode"], num_layers, source)
         self._prefill = fit_chunks(points["prefill"], num_layers, source)
         self._pair_s = fit_pair_s(points["verify"], self._decode, num_layers)
 
     def operators(self) -> Operators:
-        dense, head = self._points["dense"], self._points["head"]
+        dense, head = self.points["dense"], self.points["head"]
         layer_s = dense.pass_s / self._num_layers
         return Operators(
             dense=rising(dense.totals, layer_s, layer_s, self._source),
@@ -158,7 +166,7 @@ class _Fitting:
 
     def added(self, kind: str, kept: Mask | None = None) -> Fitted:
         """From a mask to what the operator takes in these passes, fitted to the points ``kept``."""
-        points = self._points[kind]
+        points = self.points[kind]
         every = np.ones(points.rows.shape, np.bool_)
         some = points.where(every if kept is None else kept)
         layers, source = self._num_layers, self._source
@@ -169,19 +177,36 @@ class _Fitting:
             decode = fit_rows(some, layers, source)
             return lambda left: layers * decode(points.rows[left], points.entries[left])
         if kind == "verify":
-            pair_s = fit_pair_s(some, self._decode, layers)
-            return lambda left: (
-                layers
-                * np.maximum(
-                    self._decode(points.rows[left], points.entries[left]), pair_s * points.verify_pairs[left]
-                )
-            )
+            return self.verification(points, fit_pair_s(some, self._decode, layers))
         prefill = fit_chunks(some, layers, source)
         return lambda left: layers * prefill(points.tokens[left], points.pairs[left])
 
+    def verification(self, points: Points, pair_s: float | None = None) -> Fitted:
+        """What verification takes in passes ``points``, with the fitted seconds of a pair unless others are given."""
+        a_pair_s = self._pair_s if pair_s is None else pair_s
+
+        def seconds(left: Mask) -> FloatArray:
+            reading_s = self._decode(points.rows[left], points.entries[left])
+            return self._num_layers * np.maximum(reading_s, a_pair_s * points.verify_pairs[left])
+
+        return seconds
+
+    def tree_errors(self, points: Points) -> dict[str, float | None]:
+        """Of passes over trees, as :meth:`errors` has them; none of them is fitted."""
+        every = np.ones(points.rows.shape, np.bool_)
+        fitted = self.verification(points)(every)
+        before_s = points.pass_s - points.added_s
+        result: dict[str, float | None] = {"spread": self._spread(points)}
+        whole = HeldOut.of(np.maximum(before_s + fitted, FLOOR_S), points.pass_s)
+        result |= {f"pass_{name}": value for name, value in asdict(whole).items()}
+        large = points.added_s >= NOTICEABLE * points.pass_s
+        if np.count_nonzero(large) >= 3:
+            result |= asdict(HeldOut.of(np.maximum(fitted[large], FLOOR_S), points.added_s[large]))
+        return result
+
     def errors(self, kind: str) -> dict[str, float | None]:
         """Held-out errors and the spread of the repeats; see :class:`DeviceFit`."""
-        points = self._points[kind]
+        points = self.points[kind]
         groups = points.rows if kind == "decode" else points.tokens
         if kind in ("dense", "head"):
             groups = points.totals
@@ -215,13 +240,12 @@ class _Fitting:
 
             return seconds
 
-        return hold_out(fit, groups[large], self._points[kind].added_s[large])
+        return hold_out(fit, groups[large], self.points[kind].added_s[large])
 
     def _spread(self, points: Points) -> float:
         return float(np.median((points.high_s - points.low_s) / (2.0 * points.pass_s)))
 
-    def rows(self, kind: str, fitted: Fitted) -> list[dict[str, Any]]:
-        points = self._points[kind]
+    def rows(self, operator: str, points: Points, fitted: Fitted) -> list[dict[str, Any]]:
         seconds = fitted(np.ones(points.rows.shape, np.bool_))
         before_s = points.pass_s - points.added_s
         columns: dict[str, ArrayLike] = {
@@ -236,7 +260,7 @@ class _Fitting:
             "fitted_pass_s": before_s + seconds,
         }
         values = np.array(list(columns.values()), np.float64).T.tolist()
-        return [{"operator": _OPERATORS[kind], **dict(zip(columns, row, strict=True))} for row in values]
+        return [{"operator": operator, **dict(zip(columns, row, strict=True))} for row in values]
 
 
 def _with_honest_spread(

@@ -17,6 +17,8 @@ Mask = NDArray[np.bool_]
 
 KINDS = ("dense", "head", "decode", "verify", "prefill")
 """Of the passes that are fitted."""
+TREE = "tree"
+"""Of the passes over token trees, which are judged by the fit of chains."""
 MIXED = "mixed"
 """Of the passes that are not: random whole steps."""
 FLOOR_S = 1e-9
@@ -73,8 +75,8 @@ class Points:
 
 
 def read_passes(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """The timed passes of fitted kinds among measured rows: kind, round, rows, tokens, context, seconds."""
-    chosen = [{name: row[name] for name in _PASSES} for row in rows if row["kind"] in KINDS]
+    """The timed passes of fitted kinds and of trees among ``rows``: kind, round, rows, tokens, context, seconds."""
+    chosen = [{name: row[name] for name in _PASSES} for row in rows if row["kind"] in (*KINDS, TREE)]
     return pl.DataFrame(chosen, schema=_PASSES)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from experiments import calibrate, simulations
+from experiments import calibrate, device_passes, simulations
 from experiments.device_passes import MIN_SIZES, DevicePasses, Size, WholeStep
 from sim.cost_model import CostModel
 from sim.hardware import load_hardware
@@ -27,7 +27,7 @@ SMALL = (
     "experiment.whole_steps=4",
     "experiment.device_name=tiny",
 )
-KINDS = {"dense", "head", "decode", "verify", "prefill", "mixed", "engine", "draft", "device"}
+KINDS = {"dense", "head", "decode", "verify", "tree", "prefill", "mixed", "engine", "draft", "device"}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_every_kind_is_measured_in_rounds(calibrated):
         "decode_attention",
         "verification",
         "prefill_attention",
+        "tree_verification",
     }
     for name in ("operators", "whole_steps"):
         assert (directory / "plots" / f"{name}.png").is_file()
@@ -190,6 +191,19 @@ def test_a_slow_device_measures_fewer_sizes(monkeypatch):
     assert {size.total for size in scarce} <= {size.rows for size in scarce if size.kind == "dense"}
     for kind in ("dense", "head", "decode", "verify", "prefill"):
         assert sum(size.kind == kind for size in scarce) >= MIN_SIZES
+
+
+def test_trees_are_binary_and_rows_have_their_own(monkeypatch):
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_blocks": 100, "max_model_len": 200}
+    made = passes(monkeypatch, None, **limits)
+    assert {(size.rows, size.tokens) for size in made.grid() if size.kind == "tree"} == {
+        (1, 4), (4, 4), (1, 16), (4, 16), (1, 64)
+    }  # fmt: skip
+    depths, masks = device_passes._binary_trees(2, 6)
+    assert depths.tolist() == [0, 1, 1, 2, 2, 2, 2] * 2
+    seen = [[node for node in range(7) if mask >> node & 1] for mask in masks[:7, 0].tolist()]
+    assert [len(one) for one in seen[1:]] == [2, 2, 3, 3, 3, 3], "itself and all above it"
+    assert (masks[:7] == masks[7:]).all()
 
 
 def test_random_steps_are_those_of_a_plan(monkeypatch):

@@ -51,9 +51,9 @@ def seconds_of(kind: str, rows: float, tokens: float, context: float) -> float:
     taken = LAYERS * TRUTH.dense(total).item()
     if kind == "head":
         taken += TRUTH.lm_head(total).item()
-    if kind in ("decode", "verify"):
+    if kind in ("decode", "verify", "tree"):
         read_s = TRUTH.decode_attention(entries).item()
-        taken += LAYERS * max(read_s, TRUTH.verify_pair_s * tokens * entries if kind == "verify" else 0.0)
+        taken += LAYERS * max(read_s, TRUTH.verify_pair_s * tokens * entries if kind != "decode" else 0.0)
     if kind == "prefill":
         taken += LAYERS * TRUTH.prefill_attention(tokens * (context + 0.5 * (tokens + 1.0))).item()
     return taken
@@ -72,6 +72,7 @@ def measured(
         for q in (2.0, 4.0, 8.0, 16.0)
         for context in contexts
     ]
+    sizes += [("tree", rows, nodes, 256.0) for rows in DENSE[:5] for nodes in (4.0, 16.0, 64.0)]
     sizes += [("prefill", 1.0, chunk, context) for chunk in DENSE[3:] for context in (0.0, *contexts)]
     rng = np.random.default_rng(0)
     return [
@@ -154,7 +155,8 @@ def test_whole_steps_that_were_never_fitted_are_predicted(fit):
 
 
 def test_held_out_errors_are_small_where_the_form_is_right(fit):
-    assert set(fit.held_out) == {"dense", "lm_head", "decode_attention", "verification", "prefill_attention"}
+    operators = {"dense", "lm_head", "decode_attention", "verification", "prefill_attention"}
+    assert set(fit.held_out) == {*operators, "tree_verification"}
     for name, error in fit.held_out.items():
         assert error["pass_median"] < TOLERANCE, name
         assert 0.0 < error["spread"] < 3 * NOISE
