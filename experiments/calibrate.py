@@ -205,7 +205,8 @@ def _engine_row(llm: LLM, rows: int) -> Row | None:
 def _draft_rows(config: Config, llm: LLM, rows: list[int]) -> Iterator[Row]:
     """What the configured drafter takes for a proposal, for several numbers of rows."""
     from specdec.drafter import make_drafter
-    from specdec.step_times import _MODEL_FREE, _short_run
+    from specdec.drafter.base import MODEL_FREE
+    from specdec.step_times import _short_run
 
     drafts = int(controller_options(config.speculation).get("max_drafts", 0))
     if (
@@ -227,7 +228,7 @@ def _draft_rows(config: Config, llm: LLM, rows: list[int]) -> Iterator[Row]:
             "rows": number,
             "draft_s": statistics.median(outcome.draft_s for outcome in seen),
             "levels": levels,
-            "is_model": not names <= _MODEL_FREE,
+            "is_model": not names <= MODEL_FREE,
         }
     own = getattr(drafter, "_runner", None)
     if own is not None:

@@ -121,12 +121,13 @@ class RecyclingConfig:
 
 @dataclass(frozen=True)
 class MergedConfig:
-    """drafters: names, each with its own defaults, or options: {name: eagle, path: head}. step_tokens: see
-    ``specdec.drafter.merged.MergedDrafter``."""
+    """drafters: names, each with its own defaults, or options: {name: eagle, path: head}. step_tokens, sure:
+    see ``specdec.drafter.merged.MergedDrafter``."""
 
     name: str = "merged"
     drafters: list[Any] = field(default_factory=lambda: ["suffix", "recycling"])
     step_tokens: int | None = None
+    sure: float = 0.9
 
     def __post_init__(self) -> None:
         require(len(self.drafters) > 0, "drafter.drafters is empty: name some, e.g. [suffix,recycling]")
@@ -134,6 +135,7 @@ class MergedConfig:
             self.step_tokens is None or self.step_tokens >= 1,
             f"drafter.step_tokens={self.step_tokens} must be >= 1, or null",
         )
+        require(0.0 < self.sure <= 1.0, f"drafter.sure={self.sure} must lie in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from specdec.drafter import make_drafter
-from specdec.drafter.base import Drafter
+from specdec.drafter.base import MODEL_FREE, Drafter
 from specdec.engine import Engine
 from specdec.model.tokenizer import Tokenizer
 from specdec.rows import RowState, StepInput
@@ -46,7 +46,6 @@ _CONTEXT = 1024  # tokens of each row, where the limits allow so many
 _CONTEXT_ROWS = 8
 _HOST_ROWS = 8
 _PROPOSALS = 6
-_MODEL_FREE = frozenset({"ngram", "suffix", "recycling", "synthetic"})
 
 DrafterSpec = str | Mapping[str, Any] | None
 
@@ -239,7 +238,7 @@ def measure_draft_times(
     if not seen:
         return nothing
     names = {source.name for source in getattr(made, "sources", [made]) if source}
-    if names <= _MODEL_FREE:
+    if names <= MODEL_FREE:
         times = nothing | {"draft_row_s": statistics.median(outcome.draft_s for outcome in seen)}
     else:
         alone_s = statistics.median(outcome.draft_s for outcome in seen)

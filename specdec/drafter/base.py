@@ -86,6 +86,10 @@ class DraftHost:
     block_size: int
 
 
+MODEL_FREE = frozenset({"ngram", "suffix", "recycling", "synthetic"})
+"""Names of the drafters that run no model: what they take counts by rows, not by passes."""
+
+
 class Drafter(Protocol):
     """Attributes:
     captures: decoder layers of the target whose outputs, the residual stream, it wants to observe.

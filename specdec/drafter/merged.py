@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafter.base import Draft, Drafter, DraftHost, Verified
+from specdec.drafter.base import MODEL_FREE, Draft, Drafter, DraftHost, Verified
 from specdec.drafter.nodes import Nodes, pack
 from specdec.scheduler.plan import StepOutcome, StepPlan
 
@@ -24,6 +24,7 @@ NUM_BUCKETS = 16
 PRIOR_COUNT = 4.0
 """Accepted nodes that the prior, no correction, counts as."""
 MAX_RATE = 0.99
+SURE = 0.9
 UNKNOWN_CONFIDENCE = 0.5
 """Of a source that gives none, before anything is observed."""
 
@@ -81,20 +82,27 @@ class MergedDrafter:
         step_tokens: tokens that a step verifies over all rows that draft, at least one of each; beyond that the least
             likely nodes of all are left out, so sure rows draft more than unsure ones. ``None``: no such limit. What a
             device verifies at the same cost is a good choice: 32 tokens are two tiles of AMX.
+        sure: sources that run a model are not asked for rows where the others' likeliest next token is at least so
+            likely, by their corrected confidence: in a passage that is being copied a pass buys nothing. 1 asks always.
 
     Raises:
-        ValueError: no source, or a limit below 1.
+        ValueError: no source, a limit below 1, or a probability outside (0, 1].
     """
 
     name = "merged"
 
-    def __init__(self, sources: Sequence[Drafter], step_tokens: int | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[Drafter], step_tokens: int | None = None, sure: float = SURE
+    ) -> None:
         if not sources:
             raise ValueError("merged has no drafters: name some, e.g. drafters=['suffix', 'recycling']")
         if step_tokens is not None and step_tokens < 1:
             raise ValueError(f"step_tokens={step_tokens} must be >= 1, or None for no limit")
-        self.sources, self._step_tokens = list(sources), step_tokens
+        if not 0.0 < sure <= 1.0:
+            raise ValueError(f"sure={sure} must lie in (0, 1]: 1 asks all drafters in every step")
+        self.sources, self._step_tokens, self._sure = list(sources), step_tokens, sure
         self.captures: Sequence[int] = sorted({layer for source in sources for layer in source.captures})
+        self._is_free = [source.name in MODEL_FREE for source in self.sources]
         self._calibrations = [Calibration() for _ in sources]
         self._drafts: list[Draft] = []
 
@@ -110,24 +118,36 @@ class MergedDrafter:
             ValueError: a source drew its tokens at random. A node of two sources would have two laws; one-hot
                 verification is exact because the whole tree is a function of the prefix.
         """
-        self._drafts = [source.propose(plan) for source in self.sources]
-        for source, draft in zip(self.sources, self._drafts, strict=True):
-            if draft.probs is not None:
-                raise ValueError(
-                    f"merged takes deterministic drafts only, and {source.name!r} samples its own at temperature > 0: "
-                    "set temperature=0, or leave it out of drafters"
-                )
-        proposals = [
-            (draft, calibration.rates(draft))
-            for draft, calibration in zip(self._drafts, self._calibrations, strict=True)
-        ]
+        asked = self._ask(plan)
+        self._drafts = [draft for draft, _ in asked]
         rows = [
-            merge([_row(draft, rates, index) for draft, rates in proposals], count)
+            merge([_row(draft, rates, index) for draft, rates in asked], count)
             for index, count in enumerate(plan.num_drafts.tolist())
         ]
         if self._step_tokens is not None:
             rows = likeliest(rows, self._step_tokens - int((plan.num_drafts > 0).sum()))
         return pack(rows, tree=True)
+
+    def _ask(self, plan: StepPlan) -> list[tuple[Draft, NDArray[np.float64]]]:
+        """Each source's draft and its corrected confidence; first of those that run no model."""
+        found: dict[int, tuple[Draft, NDArray[np.float64]]] = {}
+        best = np.zeros(plan.rows.size)
+        for index in sorted(range(len(self.sources)), key=lambda index: not self._is_free[index]):
+            source, wanted = self.sources[index], plan
+            if not self._is_free[index] and self._sure < 1.0:
+                unsure = np.where(best < self._sure, plan.num_drafts, 0).astype(np.int32)
+                wanted = plan._replace(num_drafts=unsure)
+            draft = source.propose(wanted)
+            if draft.probs is not None:
+                raise ValueError(
+                    f"merged takes deterministic drafts only, and {source.name!r} samples its own at temperature > 0: "
+                    "set temperature=0, or leave it out of drafters"
+                )
+            rates = self._calibrations[index].rates(draft)
+            found[index] = draft, rates
+            if self._is_free[index] and draft.tokens.size:
+                best = np.maximum(best, _likeliest_first(draft, rates))
+        return [found[index] for index in range(len(self.sources))]
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, verified: Verified) -> None:
         """Score each source on the emitted tokens, and let it learn: ``verified`` holds the merged draft."""
@@ -196,6 +216,13 @@ def _products(nodes: Nodes) -> list[float]:
     for parent, confidence in zip(nodes.parents, nodes.confidence, strict=True):
         products.append(confidence * (products[parent] if parent >= 0 else 1.0))
     return products
+
+
+def _likeliest_first(draft: Draft, rates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The largest of ``rates`` [R, K] among each row's children of the root, 0 without any."""
+    nodes = np.arange(draft.tokens.shape[1])
+    is_first = nodes == 0 if draft.parents is None else draft.parents < 0
+    return np.where(is_first & (nodes < draft.num_drafted[:, None]), rates, 0.0).max(axis=1)
 
 
 def _row(draft: Draft, rates: NDArray[np.float64], index: int) -> Nodes:

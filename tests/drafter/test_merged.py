@@ -117,6 +117,36 @@ def test_sure_rows_draft_what_unsure_ones_leave():
         MergedDrafter([source], step_tokens=0)
 
 
+def test_a_model_is_not_asked_where_the_others_are_sure():
+    """Its own rows go on: what it is not asked for, it does not draft."""
+
+    class Costly(Fixed):
+        name = "costly"
+
+        def propose(self, plan):
+            self.asked = plan.num_drafts.tolist()
+            return super().propose(plan)
+
+    class Lookup(Fixed):
+        name = "ngram"
+
+        def propose(self, plan):
+            draft = super().propose(plan)
+            draft.confidence[plan.rows == 1] = 0.3
+            return draft
+
+    costly, lookup = Costly([5], [-1], [0.9]), Lookup([1, 2], [-1, 0], [0.95, 0.2])
+    for sure, asked in ((0.9, [0, 2]), (0.2, [0, 0]), (1.0, [2, 2])):
+        rig = Rig(MergedDrafter([costly, lookup], sure=sure))
+        rig.load(0, 0, [1])
+        rig.load(1, 1, [1])
+        draft = rig.propose([0, 1], [2, 2])
+        assert costly.asked == asked
+        assert [[5] in branches(draft, row) for row in (0, 1)] == [count > 0 for count in asked]
+    with pytest.raises(ValueError, match=r"sure=0 must lie in \(0, 1\]"):
+        MergedDrafter([lookup], sure=0)
+
+
 def counting(prefix: list[int]) -> np.ndarray:
     return np.eye(8)[(prefix[-1] + 1) % 8]
 
