@@ -19,7 +19,7 @@ from specdec.rows import RowState
 from specdec.sampling import PenaltyRow, apply_penalties, greatest, top_logprobs
 from specdec.scheduler.plan import IntArray, LongArray, StepPlan
 from specdec.tree import Tree
-from specdec.verify import verify_chains, verify_greedy, verify_greedy_trees, verify_tree
+from specdec.verify import descend, verify_chains, verify_greedy, verify_greedy_trees, verify_tree
 
 RULES = {
     "token": ("token", "recursive"),
@@ -161,22 +161,33 @@ class Acceptor:
         self, plan: StepPlan, draft: Draft, some: LongArray, logits: Tensor, chosen: Selection
     ) -> LongArray:
         assert draft.parents is not None
-        state, next_token = self._state, np.zeros(some.size, np.int64)
+        probs, state, next_token = draft.probs, self._state, np.zeros(some.size, np.int64)
         for place, index in enumerate(some.tolist()):
-            row, count, start = plan.rows[index], int(draft.num_drafted[index]), chosen.logit_start[index]
-            owner = np.full(count + 1, row)
+            row, count = int(plan.rows[index]), int(draft.num_drafted[index])
+            start = int(chosen.logit_start[index])
             seed, counter = state.seeds[[row]], state.num_known[[row]].astype(np.uint64)
             accept = uniforms(seed, counter, Stream.ACCEPT, max(count, 1))[0, :count]
             # The noise of the next token is that of a chain, so a row without drafts need not know which it was.
             noise = np.append(accept, uniforms(seed, counter, Stream.RESIDUAL, 1)[0])
-            path, next_token[place] = verify_tree(
-                "one_hot" if draft.probs is None else self._tree_rule,
-                Tree(draft.parents[index, :count].tolist()),
-                draft.tokens[index, :count],
-                state.probs(logits[start : start + count + 1], owner).numpy(force=True),
-                None if draft.probs is None else draft.probs[index, : count + 1],
-                noise,
-            )
+            parents, tokens = draft.parents[index, :count].tolist(), draft.tokens[index, :count]
+
+            def laws(first: int, last: int, row: int = row, start: int = start) -> NDArray[np.float32]:
+                part = logits[start + first : start + last]
+                return state.probs(part, np.full(last - first, row)).numpy(force=True)
+
+            if probs is None:
+                path, next_token[place] = descend(
+                    parents, tokens.tolist(), lambda entry, laws=laws: laws(entry, entry + 1)[0], noise
+                )
+            else:
+                path, next_token[place] = verify_tree(
+                    self._tree_rule,
+                    Tree(parents),
+                    tokens,
+                    laws(0, count + 1),
+                    probs[index, : count + 1],
+                    noise,
+                )
             chosen.path[index, : len(path)] = path
             chosen.num_accepted[index] = len(path)
         return next_token

@@ -11,6 +11,7 @@ distribution equal to the target's. The arithmetic is the same for float arrays 
 
 from specdec.verify.chains import CHAIN_RULES, chain_rule, verify_chains
 from specdec.verify.greedy import verify_greedy, verify_greedy_tree, verify_greedy_trees
+from specdec.verify.one_hot import descend
 from specdec.verify.trees import RULES, TREE_RULES, verify, verify_tree, verify_trees
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RULES",
     "TREE_RULES",
     "chain_rule",
+    "descend",
     "verify",
     "verify_chains",
     "verify_greedy",

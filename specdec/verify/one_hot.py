@@ -8,11 +8,15 @@ the uniforms; for sampled children "recursive" accepts more, since it knows thei
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from specdec.verify.base import require_no_nan
-from specdec.verify.numerics import Array
+from specdec.verify.numerics import Array, inverse_cdf
 from specdec.verify.tree_base import Stop, TreeDrafts, TreeRule
 from specdec.verify.walk import LawsAt, walk, walk_thresholds
 
@@ -63,6 +67,55 @@ def _laws(drafts: TreeDrafts) -> LawsAt:
     at_tokens = drafts.at_tokens(drafts.target_probs)
     require_no_nan(at_tokens.sum(axis=1), np.arange(at_tokens.shape[0]))
     return lambda node, rows: _OneHotLaws(drafts, at_tokens, node, rows)
+
+
+def descend(
+    parents: Sequence[int], tokens: Sequence[int], law_at: Callable[[int], Array], uniforms: NDArray[Any]
+) -> tuple[list[int], int]:
+    """``verify_tree("one_hot", ...)`` of one tree, to the bit, that asks for the target's law at visited nodes only.
+
+    A step visits one node more than it accepts, of all whose logits the target computed. Turning logits into a law (a
+    softmax over the vocabulary, filters) is what sampled verification takes its time for.
+
+    Args:
+        parents, tokens: of n nodes, parents before children; −1 is the root.
+        law_at: from 0 for the root and i + 1 for node i to the target's distribution [V] there.
+        uniforms: [n + 1] in [0, 1): one per node, and the last for the next token.
+
+    Returns:
+        path, the accepted nodes from the root down, and the token that follows it.
+
+    Raises:
+        ValueError: siblings with the same token, among those that were tried; probabilities that are NaN or all zero.
+    """
+    children: list[list[int]] = [[] for _ in range(len(tokens) + 1)]
+    for node, parent in enumerate(parents):
+        children[parent + 1].append(node)
+    path: list[int] = []
+    while True:
+        law = law_at(path[-1] + 1 if path else 0)
+        exact = law.dtype == object
+        left, rejected = Fraction(1) if exact else 1.0, list[int]()
+        for child in children[path[-1] + 1 if path else 0]:
+            token = tokens[child]
+            if token in rejected:
+                raise ValueError(f"node {child} repeats token {token} of a sibling: merge the two nodes")
+            target = law[token] if exact else float(law[token])
+            require_no_nan(np.array([target]), np.zeros(1, np.int64))
+            if uniforms[child] < (target / left if left > target else target > 0):
+                path.append(child)
+                break
+            left -= target
+            rejected.append(token)
+        else:
+            return path, _next_token(law, rejected, uniforms[-1:])
+
+
+def _next_token(law: Array, rejected: list[int], uniform: NDArray[Any]) -> int:
+    """Drawn from ``law`` [V] without the rejected tokens; from all of it where rounding left nothing else."""
+    weights = law.copy()
+    weights[rejected] = 0
+    return int(inverse_cdf((weights if weights.sum() else law)[None], uniform)[0])
 
 
 RULE = TreeRule(False, thresholds, accept)

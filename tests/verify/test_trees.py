@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from specdec.tree import Tree
 from specdec.verify import (
     RULES,
     TREE_RULES,
+    descend,
     verify,
     verify_chains,
     verify_greedy_tree,
@@ -45,6 +48,45 @@ def random_drafts(seed: int, tree: Tree, vocab_size: int, num_rows: int = 1, spa
 def trees(draw):
     size = draw(st.integers(0, 9))
     return Tree([draw(st.integers(max(-1, i - 4), i - 1)) for i in range(size)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tree=trees(),
+    seed=st.integers(0, 2**32 - 1),
+    vocab_size=st.sampled_from([10, 300]),
+    sparsity=st.sampled_from([0.3, 0.97]),
+    exact=st.booleans(),
+)
+def test_descending_is_one_hot_verification_and_looks_at_visited_nodes_only(
+    tree, seed, vocab_size, sparsity, exact
+):
+    tokens, target, _, uniforms = (
+        values[0] for values in random_drafts(seed, tree, vocab_size, sparsity=sparsity)
+    )
+    if exact:
+        target = np.array(
+            [[Fraction(int(p * 2**12)) + (i == 0) for i, p in enumerate(law)] for law in target]
+        )
+        target = np.array([law / sum(law) for law in target])
+    seen: list[int] = []
+
+    def law_at(entry: int) -> np.ndarray:
+        seen.append(entry)
+        return target[entry]
+
+    path, next_token = descend(tree.parents, tokens.tolist(), law_at, uniforms)
+    assert (path, next_token) == verify_tree("one_hot", tree, tokens, target, None, uniforms)
+    assert seen == [0, *(node + 1 for node in path)]
+
+
+def test_descending_refuses_twins_and_nan():
+    law = np.full((3, 4), 0.25, np.float32)
+    with pytest.raises(ValueError, match="node 1 repeats token 2"):
+        descend([-1, -1], [2, 2], law.__getitem__, np.array([0.9, 0.9, 0.5]))
+    law[0, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        descend([-1], [1], law.__getitem__, np.array([0.9, 0.5]))
 
 
 @settings(max_examples=150, deadline=None)
