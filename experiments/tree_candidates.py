@@ -52,7 +52,7 @@ def times_at(times: Mapping[str, Any], batch: int, context: float, max_depth: in
     """Step times at ``batch``, from measured ones as the goodput controller takes them.
 
     Args:
-        times: ``step_tokens``, ``step_s``, ``context_token_s``, ``overhead_s``, ``overhead_row_s``, ``draft_step_s``,
+        times: ``step_tokens``, ``step_s``, ``context_token_s``, ``verify_context_token_s``, ``overhead_s``, ``overhead_row_s``, ``draft_step_s``,
             ``draft_token_s`` (counted with the nodes, as verification is) and ``draft_row_s``.
         context: mean tokens of a request whose KV a step reads.
         max_depth: D.
@@ -63,7 +63,7 @@ def times_at(times: Mapping[str, Any], batch: int, context: float, max_depth: in
     slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
     verify_s = np.interp(tokens, known, seconds) + slope * np.maximum(tokens - known[-1], 0.0)
     fixed_s = times["overhead_s"] + batch * (times["overhead_row_s"] + context * times["context_token_s"])
-    verify_s += batch * nodes * times["draft_token_s"]
+    verify_s += batch * nodes * (times["draft_token_s"] + context * times["verify_context_token_s"])
     levels = np.arange(max_depth + 1)
     draft_s = times["draft_step_s"] * levels + times["draft_row_s"] * batch * (levels > 0)
     return BatchTimes(batch, verify_s + fixed_s, draft_s)

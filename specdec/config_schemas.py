@@ -289,6 +289,7 @@ class GoodputConfig:
     name: str = "goodput"
     num_drafts: int = 8
     context_token_s: float | None = None
+    verify_context_token_s: float | None = None
     overhead_s: float | None = None
     overhead_row_s: float | None = None
     draft_step_s: float | None = None

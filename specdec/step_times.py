@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import statistics
 import time
 from collections.abc import Mapping
@@ -58,6 +59,7 @@ class StepTimes:
         step_tokens: total tokens, rising; of the largest steps those that the budget allowed.
         step_s: seconds at each, not falling; without context.
         context_token_s: what reading the KV of one more cached token adds, seconds >= 0.
+        verify_context_token_s: what each draft adds for each cached token of its row, seconds >= 0.
         max_tokens: the most tokens that were asked for.
         num_rounds: measurements that the medians are of.
         measured_s: what measuring took.
@@ -66,13 +68,15 @@ class StepTimes:
     step_tokens: tuple[int, ...]
     step_s: tuple[float, ...]
     context_token_s: float
+    verify_context_token_s: float
     max_tokens: int
     num_rounds: int
     measured_s: float
 
     def options(self) -> dict[str, Any]:
         """As the goodput controller takes them."""
-        return {name: getattr(self, name) for name in ("step_tokens", "step_s", "context_token_s")}
+        names = "step_tokens step_s context_token_s verify_context_token_s".split()
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,30 +172,44 @@ def measure_step_times(
     start_s = time.perf_counter()
     passes = _Passes(runner, limits, max_drafts)
     sizes = passes.sizes_within(budget_s / 12)
-    measured: dict[tuple[int, int], list[float]] = {(tokens, 0): [] for tokens in sizes}
+    measured: dict[int, list[float]] = {tokens: [] for tokens in sizes}
     contexts = passes.contexts()
-    for context in contexts:
-        measured.setdefault((passes.context_rows, context), [])
+    most = min(passes.per_row, max(1, sizes[-1] // passes.context_rows))
+    per_row = (1, most) if most > 1 else (1,)
+    behind: dict[tuple[int, int], list[float]] = {
+        (tokens, context): [] for tokens in per_row for context in contexts
+    }
     for _ in range(MAX_ROUNDS):
         round_s = time.perf_counter()
         for tokens in sizes:
-            measured[tokens, 0].append(passes.verify_s(tokens))
-        for context in contexts:
-            measured[passes.context_rows, context].append(passes.decode_s(context))
+            measured[tokens].append(passes.verify_s(tokens))
+        for tokens, context in behind:
+            behind[tokens, context].append(passes.decode_s(tokens, context))
         now_s = time.perf_counter()
         if now_s - start_s + now_s - round_s > budget_s:
             break
-    slope = 0.0
+    slope = pair_s = 0.0
     if contexts:
-        short, long = (statistics.median(measured[passes.context_rows, context]) for context in contexts)
-        slope = max(0.0, long - short) / (passes.context_rows * (contexts[1] - contexts[0]))
-    step_s = np.maximum.accumulate([statistics.median(measured[tokens, 0]) for tokens in sizes])
+        entries = passes.context_rows * (contexts[1] - contexts[0])
+        added_s = [
+            max(
+                0.0,
+                statistics.median(
+                    map(operator.sub, behind[tokens, contexts[1]], behind[tokens, contexts[0]])
+                ),
+            )
+            for tokens in per_row
+        ]
+        slope = added_s[0] / entries
+        pair_s = max(0.0, added_s[-1] - added_s[0]) / (entries * max(1, most - 1))
+    step_s = np.maximum.accumulate([statistics.median(measured[tokens]) for tokens in sizes])
     times = StepTimes(
         step_tokens=tuple(sizes),
         step_s=tuple(step_s.tolist()),
         context_token_s=slope,
+        verify_context_token_s=pair_s,
         max_tokens=_most_tokens(limits, max_drafts),
-        num_rounds=len(measured[sizes[0], 0]),
+        num_rounds=len(measured[sizes[0]]),
         measured_s=time.perf_counter() - start_s,
     )
     log.info("step times measured in %.1f s: %s", times.measured_s, times)
@@ -322,7 +340,7 @@ class _Passes:
     def __init__(self, runner: Runner, limits: SchedulerConfig, max_drafts: int) -> None:
         self._runner, self._limits = runner, limits
         self._most = _most_tokens(limits, max_drafts)
-        self._per_row = min(1 + max_drafts, limits.max_model_len)
+        self.per_row = min(1 + max_drafts, limits.max_model_len)
         self._state = RowState(limits.max_num_seqs, limits.max_model_len, max_drafts)
         self.context_rows = min(limits.max_num_seqs, limits.num_blocks, _CONTEXT_ROWS)
 
@@ -344,29 +362,29 @@ class _Passes:
         """No context and as much as the limits allow; nothing if that is none."""
         size = self._limits.block_size
         room = self._limits.num_blocks // self.context_rows * size
-        longest = min(_CONTEXT, room - 1, self._limits.max_model_len - 1)
+        longest = min(_CONTEXT, room - self.per_row, self._limits.max_model_len - self.per_row)
         if longest < 1:
             return ()
         # What nobody wrote may not be in memory yet.
-        used = self.context_rows * -(-(longest + 1) // size)
+        used = self.context_rows * -(-(longest + self.per_row) // size)
         copies = np.stack([np.zeros(used - 1), np.arange(1, used)], axis=1).astype(np.int32)
         self._runner.copy_blocks(copies)
         return 0, longest
 
     def verify_s(self, tokens: int) -> float:
         """Seconds for so many tokens, in rows of a last token and its drafts."""
-        rows = -(-tokens // self._per_row)
+        rows = -(-tokens // self.per_row)
         counts = np.full(rows, tokens // rows, np.int32)
         counts[: tokens % rows] += 1
         return self._pass_s(counts, 0)
 
-    def decode_s(self, context: int) -> float:
-        """Seconds for ``context_rows`` single tokens behind so much context each."""
-        return self._pass_s(np.ones(self.context_rows, np.int32), context)
+    def decode_s(self, tokens: int, context: int) -> float:
+        """Seconds for ``context_rows`` rows of so many tokens behind so much context each."""
+        return self._pass_s(np.full(self.context_rows, tokens, np.int32), context)
 
     def _fits(self, tokens: int) -> bool:
-        rows = -(-tokens // self._per_row)
-        return tokens <= 2 or rows * -(-self._per_row // self._limits.block_size) <= self._limits.num_blocks
+        rows = -(-tokens // self.per_row)
+        return tokens <= 2 or rows * -(-self.per_row // self._limits.block_size) <= self._limits.num_blocks
 
     def _pass_s(self, counts: IntArray, context: int) -> float:
         size, rows = self._limits.block_size, np.arange(counts.size)

@@ -124,6 +124,7 @@ class LoadThreshold:
 
 _SECONDS = (
     "context_token_s",
+    "verify_context_token_s",
     "overhead_s",
     "overhead_row_s",
     "draft_step_s",
@@ -155,6 +156,8 @@ class Goodput:
             the last with its slope. They are those of the running device, without context.
         context_token_s: seconds that reading the KV of one cached token adds to a step. Drafts do not change it, but
             the longer a step is anyway, the more they are worth.
+        verify_context_token_s: seconds that each draft adds by attending to one cached token of its row; 0 where
+            verification is bound by reading them.
         overhead_s, overhead_row_s: seconds of the host in every step, and for each of its rows. Drafts do not change
             them either.
         draft_step_s: seconds of one pass of the drafter: of a draft token of a chain, of a level of a tree.
@@ -176,6 +179,7 @@ class Goodput:
     step_tokens: tuple[float, ...] = ()
     step_s: tuple[float, ...] = ()
     context_token_s: float = 0.0
+    verify_context_token_s: float = 0.0
     overhead_s: float = 0.0
     overhead_row_s: float = 0.0
     draft_step_s: float = 0.0
@@ -233,13 +237,14 @@ class Goodput:
         fixed_s += self.overhead_s + self.overhead_row_s * num_rows
         target_s = self._seconds[num_rows : most + 1] + fixed_s
         best_rate, chosen = num_rows / target_s[0], order[:0]
-        by_token = self.draft_token_s + self.draft_context_token_s * computed[decoding]
+        a_context_token_s = self.draft_context_token_s + self.verify_context_token_s
+        by_token = self.draft_token_s + a_context_token_s * computed[decoding]
         # The number of passes depends on the deepest draft alone; where they take no time, longer is never worse.
         for longest in range(1 if self.draft_step_s else k, k + 1):
             allowed = order if longest == k else order[order < longest * num_rows]
             tokens = num_rows + np.add.accumulate(worth[allowed])
             seconds = target_s[1 : allowed.size + 1] + self.draft_step_s * levels[longest - 1]
-            if self.draft_token_s or self.draft_context_token_s:
+            if self.draft_token_s or a_context_token_s:
                 seconds = seconds + np.add.accumulate(by_token[allowed % num_rows])
             if self.draft_row_s:
                 seconds = seconds + self.draft_row_s * np.add.accumulate(allowed < num_rows)

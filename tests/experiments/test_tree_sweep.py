@@ -183,6 +183,7 @@ TIMES = {
     "step_tokens": [1, 2, 4],
     "step_s": [1.0, 1.0, 2.0],
     "context_token_s": 0.01,
+    "verify_context_token_s": 0.05,
     "overhead_s": 0.1,
     "overhead_row_s": 0.2,
     "draft_step_s": 0.5,
@@ -196,7 +197,7 @@ def test_times_of_a_batch():
     fixed = 0.1 + 2 * 0.2 + 2 * 10 * 0.01
     # Two rows of 1, 2, 3 and 11 tokens; beyond four the last slope, half a second a token, goes on.
     assert times.verify_s[[0, 1, 2, 10]].tolist() == pytest.approx(
-        [1 + fixed, 2.25 + fixed, 3.5 + fixed, 13.5 + fixed]
+        [1 + fixed, 3.25 + fixed, 5.5 + fixed, 23.5 + fixed]
     )
     assert times.draft_s.tolist() == pytest.approx([0.0, 1.0, 1.5])
     assert times.verify_s.size == 128

@@ -187,6 +187,16 @@ def test_goodput_leaves_out_rows_that_are_not_worth_their_drafting() -> None:
         assert (lengths > 0).tolist() == [count > 0 for count in expected], row_s
 
 
+def test_goodput_drafts_less_behind_long_contexts_where_attending_to_them_takes_time() -> None:
+    table, lengths = a_table([(20, 8)] * 4), []
+    for context in (0, 40, 1000):
+        table.num_computed[:4] = context
+        table.num_known[:4] = context + 1
+        controller = make_controller("goodput", max_drafts=4, verify_context_token_s=1e-3, **PLATEAUS)
+        lengths.append(int(controller.num_drafts(table, table.active, 0.0).sum()))
+    assert lengths[0] > lengths[1] > lengths[2] == 0
+
+
 def test_one_early_rejection_does_not_silence_a_row_while_others_do_well() -> None:
     options = {"max_drafts": 4, "step_tokens": (1, 2), "step_s": (1.0, 1.1), "probe_every": 1000}
     table = a_table([(0, 2), *[(40, 18)] * 7])
