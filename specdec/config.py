@@ -268,8 +268,10 @@ def _check_keys(node: DictConfig, prefix: str) -> None:
         child = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(child, DictConfig) and get_origin(hints[str(key)]) is not dict:
             _check_keys(child, f"{prefix}{key}.")
-        elif isinstance(child, ListConfig) and any(
-            isinstance(item, DictConfig | ListConfig) for item in child
+        elif (
+            isinstance(child, ListConfig)
+            and hints[str(key)] != list[Any]  # of names or options, checked by those who take them
+            and any(isinstance(item, DictConfig | ListConfig) for item in child)
         ):
             raise ValueError(f"{prefix}{key}={child} must be a flat list")
 

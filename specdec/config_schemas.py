@@ -135,6 +135,9 @@ class MergedConfig:
             self.step_tokens is None or self.step_tokens >= 1,
             f"drafter.step_tokens={self.step_tokens} must be >= 1, or null",
         )
+        for one in self.drafters:
+            is_named = isinstance(one, str) or (isinstance(one, dict) and isinstance(one.get("name"), str))
+            require(is_named, f"drafter.drafters: {one!r} is neither a name nor options with one, {{name: …}}")
         require(0.0 < self.sure <= 1.0, f"drafter.sure={self.sure} must lie in (0, 1]")
 
 

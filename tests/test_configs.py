@@ -382,3 +382,12 @@ def test_overrides_reach_the_configuration():
     assert config.drafter.rates == [0.9, 0.5]
     assert config.seed == 7
     assert config.as_dict()["drafter"] == {"name": "synthetic", "alpha": None, "rates": [0.9, 0.5], "seed": 0}
+
+
+def test_a_merged_drafter_takes_names_and_options():
+    one = "{name: eagle, path: head, depth: 1}"
+    config = build("drafter=merged", f"drafter.drafters=[suffix,{one}]", experiment="quickstart")
+    assert config.drafter.drafters == ["suffix", {"name": "eagle", "path": "head", "depth": 1}]
+    for wrong in ("[a]", "{nam: a}", "3"):
+        with pytest.raises(ValueError, match="is neither a name nor options with one"):
+            build("drafter=merged", f"drafter.drafters=[suffix,{wrong}]", experiment="quickstart")
