@@ -121,13 +121,14 @@ class RecyclingConfig:
 
 @dataclass(frozen=True)
 class MergedConfig:
-    """drafters: names, each with its own defaults, or options: {name: eagle, path: head}. step_tokens, sure:
+    """drafters: names, each with its own defaults, or options: {name: eagle, path: head}. step_tokens, sure, least:
     see ``specdec.drafter.merged.MergedDrafter``."""
 
     name: str = "merged"
     drafters: list[Any] = field(default_factory=lambda: ["suffix", "recycling"])
     step_tokens: int | None = None
-    sure: float = 0.9
+    sure: float = 0.7
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         require(len(self.drafters) > 0, "drafter.drafters is empty: name some, e.g. [suffix,recycling]")
@@ -137,8 +138,11 @@ class MergedConfig:
         )
         for one in self.drafters:
             is_named = isinstance(one, str) or (isinstance(one, dict) and isinstance(one.get("name"), str))
-            require(is_named, f"drafter.drafters: {one!r} is neither a name nor options with one, {{name: …}}")
+            require(
+                is_named, f"drafter.drafters: {one!r} is neither a name nor options with one, {{name: …}}"
+            )
         require(0.0 < self.sure <= 1.0, f"drafter.sure={self.sure} must lie in (0, 1]")
+        require(0.0 <= self.least < 1.0, f"drafter.least={self.least} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

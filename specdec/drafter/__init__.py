@@ -14,7 +14,7 @@ from specdec.drafter.draft_model import DraftModelDrafter
 from specdec.drafter.eagle import EagleDrafter
 from specdec.drafter.layer_skip import LayerSkipDrafter
 from specdec.drafter.medusa import MedusaDrafter
-from specdec.drafter.merged import SURE, MergedDrafter
+from specdec.drafter.merged import LEAST, SURE, MergedDrafter
 from specdec.drafter.ngram import NgramDrafter
 from specdec.drafter.recycling import RecyclingDrafter
 from specdec.drafter.suffix import SuffixDrafter
@@ -26,6 +26,7 @@ def _merged(
     drafters: Sequence[str | Mapping[str, Any]] = ("suffix", "recycling"),
     step_tokens: int | None = None,
     sure: float = SURE,
+    least: float = LEAST,
 ) -> Drafter:
     """A merged drafter of those that ``drafters`` name."""
     if isinstance(drafters, str | Mapping):
@@ -35,7 +36,7 @@ def _merged(
         raise ValueError(f"merged: drafters={list(drafters)} must not name 'none'")
     if any(isinstance(source, SyntheticDrafter) for source in sources):
         raise ValueError("merged: 'synthetic' drafts alone, it needs the target's output beforehand")
-    return MergedDrafter(sources, step_tokens, sure)
+    return MergedDrafter(sources, step_tokens, sure, least)
 
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {

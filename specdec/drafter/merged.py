@@ -24,7 +24,8 @@ NUM_BUCKETS = 16
 PRIOR_COUNT = 4.0
 """Accepted nodes that the prior, no correction, counts as."""
 MAX_RATE = 0.99
-SURE = 0.9
+SURE = 0.7
+LEAST = 0.0
 UNKNOWN_CONFIDENCE = 0.5
 """Of a source that gives none, before anything is observed."""
 
@@ -84,15 +85,21 @@ class MergedDrafter:
             device verifies at the same cost is a good choice: 32 tokens are two tiles of AMX.
         sure: sources that run a model are not asked for rows where the others' likeliest next token is at least so
             likely, by their corrected confidence: in a passage that is being copied a pass buys nothing. 1 asks always.
+        least: nodes that are accepted with a smaller chance, by the product of confidence along their path, are left
+            out. A node pays if its chance exceeds what its verification costs in units of the time per emitted token.
 
     Raises:
-        ValueError: no source, a limit below 1, or a probability outside (0, 1].
+        ValueError: no source, a limit below 1, or a probability out of range.
     """
 
     name = "merged"
 
     def __init__(
-        self, sources: Sequence[Drafter], step_tokens: int | None = None, sure: float = SURE
+        self,
+        sources: Sequence[Drafter],
+        step_tokens: int | None = None,
+        sure: float = SURE,
+        least: float = LEAST,
     ) -> None:
         if not sources:
             raise ValueError("merged has no drafters: name some, e.g. drafters=['suffix', 'recycling']")
@@ -100,7 +107,10 @@ class MergedDrafter:
             raise ValueError(f"step_tokens={step_tokens} must be >= 1, or None for no limit")
         if not 0.0 < sure <= 1.0:
             raise ValueError(f"sure={sure} must lie in (0, 1]: 1 asks all drafters in every step")
-        self.sources, self._step_tokens, self._sure = list(sources), step_tokens, sure
+        if not 0.0 <= least < 1.0:
+            raise ValueError(f"least={least} must lie in [0, 1): 0 leaves no node out")
+        self.sources, self._step_tokens = list(sources), step_tokens
+        self._sure, self._least = sure, least
         self.captures: Sequence[int] = sorted({layer for source in sources for layer in source.captures})
         self._is_free = [source.name in MODEL_FREE for source in self.sources]
         self._calibrations = [Calibration() for _ in sources]
@@ -121,7 +131,7 @@ class MergedDrafter:
         asked = self._ask(plan)
         self._drafts = [draft for draft, _ in asked]
         rows = [
-            merge([_row(draft, rates, index) for draft, rates in asked], count)
+            merge([_row(draft, rates, index) for draft, rates in asked], count, self._least)
             for index, count in enumerate(plan.num_drafts.tolist())
         ]
         if self._step_tokens is not None:
@@ -171,8 +181,9 @@ class MergedDrafter:
         return replace(verified, hidden=verified.hidden[places] if places else None)
 
 
-def merge(proposals: Sequence[Nodes], max_nodes: int) -> Nodes:
-    """The ``max_nodes`` nodes of all ``proposals`` with the largest product of confidence, largest first."""
+def merge(proposals: Sequence[Nodes], max_nodes: int, least: float = 0.0) -> Nodes:
+    """The ``max_nodes`` nodes of all ``proposals`` with the largest product of confidence, largest first; none whose
+    product is below ``least``."""
     joined, number = Nodes(), {}
     for nodes in proposals:
         places = []
@@ -189,6 +200,8 @@ def merge(proposals: Sequence[Nodes], max_nodes: int) -> Nodes:
     chosen = sorted(range(len(products)), key=lambda node: (-products[node], node))[:max_nodes]
     place_of, kept = {-1: -1}, Nodes()
     for place, node in enumerate(chosen):
+        if products[node] < least:
+            break
         place_of[node] = place
         kept.append(joined.tokens[node], place_of[joined.parents[node]], joined.confidence[node])
     return kept

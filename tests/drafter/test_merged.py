@@ -44,6 +44,9 @@ def test_the_likeliest_nodes_of_the_union_are_kept(proposals: list[Nodes], count
         path: float(np.prod([confidence[path[: depth + 1]] for depth in range(len(path))]))
         for path in confidence
     }
+    assert merge(proposals, count, 1.0).tokens == []
+    some, every = merge(proposals, count, 0.3), merge(proposals, count)
+    assert paths(some) == [path for path in paths(every) if product[path] >= 0.3]
     merged = merge(proposals, count)
     kept = paths(merged)
     assert len(set(kept)) == len(kept) == min(count, len(product))
