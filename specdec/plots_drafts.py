@@ -7,13 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from specdec.plots import _MARKERS, GRID, MUTED, _colour, _figure, _need, _style
+from specdec.plots import _MARKERS, GRID, MUTED, PALETTE, _colour, _figure, _need, _style
+
+_WIDE = 3.0
+"""Plain steps, beyond which costs are drawn on a logarithmic axis."""
 
 
 def tau_against_cost(cells: pl.DataFrame) -> Figure:
-    """Tokens per step against the cost of a step; along a line through the origin the speed-up is the same.
+    """Tokens per step against the cost of a step; along each grey line the speed-up is the same.
+
+    Where some drafts are many times as dear as others, both axes are logarithmic. Colours that come a second time are
+    dashed.
 
     Args:
         cells: columns ``drafter``, ``num_drafts``, ``temperature``, ``tau`` and ``step_ratio``, the seconds of a
@@ -23,10 +29,21 @@ def tau_against_cost(cells: pl.DataFrame) -> Figure:
     figure, axes = _figure(7.4, 4.8)
     right = 1.12 * max(1.2, float(cells["step_ratio"].max()))  # pyright: ignore[reportArgumentType]
     top = 1.12 * max(1.2, float(cells["tau"].max()))  # pyright: ignore[reportArgumentType]
-    for speedup in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
-        end = min(right, top / speedup)
+    is_wide = right > _WIDE
+    left, bottom = (0.8, 0.95) if is_wide else (0.0, 0.0)
+    if is_wide:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis, values in ((axes.xaxis, (1, 2, 3, 5, 10, 20, 50)), (axes.yaxis, (1, 1.5, 2, 3, 5, 10))):
+            axis.set_major_locator(FixedLocator(values))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    for speedup in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
+        start, end = max(left, bottom / speedup), min(right, top / speedup)
+        if start >= end:
+            continue
         style = {"color": MUTED, "linewidth": 1.2} if speedup == 1.0 else {"color": GRID, "linewidth": 1.2}
-        axes.plot([0.0, end], [0.0, end * speedup], zorder=1, **style)
+        axes.plot([start, end], [start * speedup, end * speedup], zorder=1, **style)
         axes.annotate(
             f"{speedup:g}×", (end, end * speedup), color=MUTED, fontsize=8, ha="right", va="top", zorder=1
         )
@@ -40,6 +57,7 @@ def tau_against_cost(cells: pl.DataFrame) -> Figure:
                 mine["tau"],
                 marker=_MARKERS[place % len(_MARKERS)],
                 color=_colour(index),
+                linestyle="-" if index < len(PALETTE) else "--",
                 label=f"{name}, T={temperature:g}" if len(temperatures) > 1 else name,
                 linewidth=1.0,
                 markersize=5,
@@ -50,8 +68,8 @@ def tau_against_cost(cells: pl.DataFrame) -> Figure:
                 axes.annotate(
                     str(k), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=MUTED
                 )
-    axes.set_xlim(0.0, right)
-    axes.set_ylim(0.0, top)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
     _style(
         axes,
         "What a step gives, and what it costs",
@@ -80,6 +98,7 @@ def survival(cells: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
                 values,
                 label=label,
                 color=_colour(drafters.index(drafter)),
+                linestyle="-" if drafters.index(drafter) < len(PALETTE) else "--",
                 marker=_MARKERS[place % len(_MARKERS)],
                 linewidth=1.2,
                 markersize=4,
