@@ -115,6 +115,7 @@ class MergedDrafter:
         self._is_free = [source.name in MODEL_FREE for source in self.sources]
         self._calibrations = [Calibration() for _ in sources]
         self._drafts: list[Draft] = []
+        self._plans: list[StepPlan] = []
 
     def bind(self, host: DraftHost) -> None:
         self._state = host.state
@@ -141,12 +142,13 @@ class MergedDrafter:
     def _ask(self, plan: StepPlan) -> list[tuple[Draft, NDArray[np.float64]]]:
         """Each source's draft and its corrected confidence; first of those that run no model."""
         found: dict[int, tuple[Draft, NDArray[np.float64]]] = {}
+        self._plans = [plan] * len(self.sources)
         best = np.zeros(plan.rows.size)
         for index in sorted(range(len(self.sources)), key=lambda index: not self._is_free[index]):
             source, wanted = self.sources[index], plan
             if not self._is_free[index] and self._sure < 1.0:
                 unsure = np.where(best < self._sure, plan.num_drafts, 0).astype(np.int32)
-                wanted = plan._replace(num_drafts=unsure)
+                self._plans[index] = wanted = plan._replace(num_drafts=unsure)
             draft = source.propose(wanted)
             if draft.probs is not None:
                 raise ValueError(
@@ -168,10 +170,11 @@ class MergedDrafter:
                 plan.rows.tolist(), known.tolist(), outcome.num_emitted.tolist(), strict=True
             )
         ]
-        for source, draft, calibration in zip(self.sources, self._drafts, self._calibrations, strict=True):
-            if draft.tokens.size:
-                calibration.learn(draft, emitted)
-            source.observe(plan, outcome, self._captured_for(source, verified))
+        for index, source in enumerate(self.sources):
+            if self._drafts[index].tokens.size:
+                self._calibrations[index].learn(self._drafts[index], emitted)
+            # The plan that it drafted for: a draft model knows from it what it has computed.
+            source.observe(self._plans[index], outcome, self._captured_for(source, verified))
 
     def _captured_for(self, source: Drafter, verified: Verified) -> Verified:
         """``verified`` with the hidden states that ``source`` asked for."""

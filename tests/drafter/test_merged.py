@@ -130,6 +130,10 @@ def test_a_model_is_not_asked_where_the_others_are_sure():
             self.asked = plan.num_drafts.tolist()
             return super().propose(plan)
 
+        def observe(self, plan, outcome, verified):
+            assert plan.num_drafts.tolist() == self.asked, "it observes what it drafted for"
+            super().observe(plan, outcome, verified)
+
     class Lookup(Fixed):
         name = "ngram"
 
@@ -146,6 +150,7 @@ def test_a_model_is_not_asked_where_the_others_are_sure():
         draft = rig.propose([0, 1], [2, 2])
         assert costly.asked == asked
         assert [[5] in branches(draft, row) for row in (0, 1)] == [count > 0 for count in asked]
+        rig.step([0, 1], [2, 2])
     with pytest.raises(ValueError, match=r"sure=0 must lie in \(0, 1\]"):
         MergedDrafter([lookup], sure=0)
 

@@ -359,7 +359,9 @@ class CpuDecoder:
         if wanted.size:
             assert captured is not None and captured.is_contiguous() and captured.dtype == torch.float32
             assert captured.shape == (wanted.size, token_ids.size, spec.hidden_size)
-            assert set(wanted.tolist()) <= set(chosen.tolist()), f"layers {wanted} are not all run"
+            assert set(wanted.tolist()) <= set(chosen.tolist()), (
+                f"layers {wanted} are not all among those run"
+            )
         step = _Step(
             *(a.ctypes.data for a in (*longs, *ints, chosen, wanted)),
             tree_mask.ctypes.data if tree_mask is not None else None,
