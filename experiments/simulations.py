@@ -291,14 +291,9 @@ def with_step_times(
         features = StepFeatures(alone, alone, alone, alone, context, *[np.zeros_like(context)] * 5)
         filled["context_token_s"] = float(np.diff(cost_model.predict(features).total_s)[0] / context[1])
     if "verify_context_token_s" not in filled:
-        rows, context, most = 32.0, 32_000.0, float(max(1, filled["max_drafts"]))
-
-        def seconds(tokens: float, context: float) -> float:
-            step = StepFeatures(rows * tokens, rows * tokens, rows, rows * tokens, context, *[0.0] * 5)
-            return cost_model.predict_scalar(step).total_s
-
-        drafted_s, alone_s = (seconds(tokens, context) - seconds(tokens, 0.0) for tokens in (1.0 + most, 1.0))
-        filled["verify_context_token_s"] = max(0.0, drafted_s - alone_s) / (context * most)
+        filled["verify_context_token_s"] = _verify_context_token_s(
+            cost_model, float(max(1, filled["max_drafts"]))
+        )
     if "draft_step_s" not in filled:
         most = float(max(1, filled["max_drafts"]))
         one_row = StepFeatures(1.0 + most, 1.0 + most, 1.0, 1.0 + most, 0.0, 0.0, 0.0, most, 1.0, most)
@@ -319,3 +314,15 @@ def with_step_times(
         filled.setdefault("draft_context_token_s", max(0.0, reading_s - many_s) / context)
         filled["draft_step_s"] = max(0.0, one_s - token_s)
     return filled
+
+
+def _verify_context_token_s(cost_model: CostModel, drafts: float) -> float:
+    """What each of so many drafts a row adds for each cached token of its row, seconds."""
+    rows, context = 32.0, 32_000.0
+
+    def seconds(tokens: float, context: float) -> float:
+        step = StepFeatures(rows * tokens, rows * tokens, rows, rows * tokens, context, *[0.0] * 5)
+        return cost_model.predict_scalar(step).total_s
+
+    drafted_s, alone_s = (seconds(tokens, context) - seconds(tokens, 0.0) for tokens in (1.0 + drafts, 1.0))
+    return max(0.0, drafted_s - alone_s) / (context * drafts)

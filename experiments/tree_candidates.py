@@ -52,8 +52,9 @@ def times_at(times: Mapping[str, Any], batch: int, context: float, max_depth: in
     """Step times at ``batch``, from measured ones as the goodput controller takes them.
 
     Args:
-        times: ``step_tokens``, ``step_s``, ``context_token_s``, ``verify_context_token_s``, ``overhead_s``, ``overhead_row_s``, ``draft_step_s``,
-            ``draft_token_s`` (counted with the nodes, as verification is) and ``draft_row_s``.
+        times: ``step_tokens``, ``step_s``, ``context_token_s``, ``verify_context_token_s``, ``overhead_s``,
+            ``overhead_row_s``, ``draft_step_s``, ``draft_token_s`` (counted with the nodes, as verification is) and
+            ``draft_row_s``.
         context: mean tokens of a request whose KV a step reads.
         max_depth: D.
     """
