@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specdec.scheduler.plan import NO_COPIES, NO_IDS, NO_INTS, IntArray, LongArray, StepPlan
+from specdec.scheduler.plan import IntArray, LongArray, StepPlan
 from specdec.scheduler.table import RequestTable
 
 
@@ -94,12 +94,4 @@ def plan_of(
         num_new=new,
         num_drafts=drafts,
         emits=computed + new == known,
-        admitted=NO_IDS,
-        num_cached=NO_INTS,
-        preempted=NO_IDS,
-        copies=NO_COPIES,
-        swapped_out=NO_IDS,
-        swapped_out_blocks=NO_IDS,
-        swapped_in=NO_IDS,
-        wake_s=math.inf,
     )

@@ -6,6 +6,7 @@ replay needs. They are named tuples because millions are made, and a frozen data
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,19 @@ IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
 BoolArray = NDArray[np.bool_]
+
+
+def _constant(dtype: type[np.generic], *shape: int) -> NDArray[np.generic]:
+    array = np.zeros(shape or (0,), dtype)
+    array.setflags(write=False)
+    return array
+
+
+# Shared by the many records that have nothing to say in a field; read-only.
+NO_INTS: IntArray = _constant(np.int32)  # pyright: ignore[reportAssignmentType]
+NO_IDS: LongArray = _constant(np.int64)  # pyright: ignore[reportAssignmentType]
+NO_HASHES: HashArray = _constant(np.uint64)  # pyright: ignore[reportAssignmentType]
+NO_COPIES: IntArray = _constant(np.int32, 0, 2)  # pyright: ignore[reportAssignmentType]
 
 
 class StepPlan(NamedTuple):
@@ -47,14 +61,14 @@ class StepPlan(NamedTuple):
     num_new: IntArray
     num_drafts: IntArray
     emits: BoolArray
-    admitted: LongArray
-    num_cached: IntArray
-    preempted: LongArray
-    copies: IntArray
-    swapped_out: LongArray
-    swapped_out_blocks: LongArray
-    swapped_in: LongArray
-    wake_s: float
+    admitted: LongArray = NO_IDS
+    num_cached: IntArray = NO_INTS
+    preempted: LongArray = NO_IDS
+    copies: IntArray = NO_COPIES
+    swapped_out: LongArray = NO_IDS
+    swapped_out_blocks: LongArray = NO_IDS
+    swapped_in: LongArray = NO_IDS
+    wake_s: float = math.inf
 
     @property
     def is_empty(self) -> bool:
@@ -64,19 +78,6 @@ class StepPlan(NamedTuple):
     def num_tokens(self) -> int:
         """Token positions the target computes: the step's share of the token budget."""
         return int(self.num_new.sum() + self.num_drafts.sum())
-
-
-def _constant(dtype: type[np.generic], *shape: int) -> NDArray[np.generic]:
-    array = np.zeros(shape or (0,), dtype)
-    array.setflags(write=False)
-    return array
-
-
-# Shared by the many records that have nothing to say in a field; read-only.
-NO_INTS: IntArray = _constant(np.int32)  # pyright: ignore[reportAssignmentType]
-NO_IDS: LongArray = _constant(np.int64)  # pyright: ignore[reportAssignmentType]
-NO_HASHES: HashArray = _constant(np.uint64)  # pyright: ignore[reportAssignmentType]
-NO_COPIES: IntArray = _constant(np.int32, 0, 2)  # pyright: ignore[reportAssignmentType]
 
 
 class StepOutcome(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from specdec.drafter.base import Draft, Drafter, Verified
 from specdec.rows import RowState
 from specdec.scheduler import SamplingParams
-from specdec.scheduler.plan import NO_COPIES, NO_IDS, NO_INTS, StepOutcome, StepPlan
+from specdec.scheduler.plan import StepOutcome, StepPlan
 
 LogitsOf = Callable[[list[int]], np.ndarray]
 
@@ -55,14 +55,6 @@ class Rig:
             num_new=np.ones(size, np.int32),
             num_drafts=np.array(num_drafts, np.int32),
             emits=np.ones(size, np.bool_),
-            admitted=NO_IDS,
-            num_cached=NO_INTS,
-            preempted=NO_IDS,
-            copies=NO_COPIES,
-            swapped_out=NO_IDS,
-            swapped_out_blocks=NO_IDS,
-            swapped_in=NO_IDS,
-            wake_s=0.0,
         )
 
     def propose(self, rows: Sequence[int], num_drafts: Sequence[int]) -> Draft:
