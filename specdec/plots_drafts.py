@@ -9,8 +9,10 @@ import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from specdec.plots import _MARKERS, GRID, MUTED, PALETTE, _colour, _figure, _need, _style
+from specdec.plots import _DPI, _MARKERS, GRID, MUTED, PALETTE, _colour, _figure, _need, _style
 
+_MOST_LINES = 14
+"""In one panel."""
 _WIDE = 3.0
 """Plain steps, beyond which costs are drawn on a logarithmic axis."""
 
@@ -83,30 +85,47 @@ def tau_against_cost(cells: pl.DataFrame) -> Figure:
 def survival(cells: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
     """Share of verifications that accept a draft up to each position; the area under a line is τ - 1.
 
+    Of many cells each drafter has a panel of its own.
+
     Args:
-        cells: drafter, which decides the colour, label, and shares at positions 1, 2, ….
+        cells: drafter, which decides the colour or the panel, label, and shares at positions 1, 2, ….
     """
     drawn = [cell for cell in cells if len(cell[2])]
     _need(drawn, "drafts")
-    figure, axes = _figure(7.4, 4.4)
     drafters = list(dict.fromkeys(name for name, _, _ in drawn))
-    for drafter in drafters:
-        own = [cell for cell in drawn if cell[0] == drafter]
-        for place, (_, label, values) in enumerate(own):
-            axes.plot(
-                np.arange(1, len(values) + 1),
-                values,
-                label=label,
-                color=_colour(drafters.index(drafter)),
-                linestyle="-" if drafters.index(drafter) < len(PALETTE) else "--",
-                marker=_MARKERS[place % len(_MARKERS)],
-                linewidth=1.2,
-                markersize=4,
-            )
-    axes.set_ylim(0.0, min(1.0, 1.15 * max(max(values) for _, _, values in drawn)))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _style(axes, "Acceptance by position", "draft position, in trees the depth", "P(accepted up to here)")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    top = min(1.0, 1.15 * max(max(values) for _, _, values in drawn))
+    if len(drawn) <= _MOST_LINES:
+        figure, axes = _figure(7.4, 4.4)
+        panels = {axes: drafters}
+    else:
+        columns = min(4, len(drafters))
+        rows = -(-len(drafters) // columns)
+        figure = Figure(figsize=(3.4 * columns, 0.4 + 2.9 * rows), dpi=_DPI, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+        panels = {axes: [name] for axes, name in zip(grid, drafters, strict=False)}
+        for axes in grid[len(drafters) :]:
+            axes.set_visible(False)
+    for axes, shown in panels.items():
+        for drafter in shown:
+            own = [cell for cell in drawn if cell[0] == drafter]
+            for place, (_, label, values) in enumerate(own):
+                axes.plot(
+                    np.arange(1, len(values) + 1),
+                    values,
+                    label=label,
+                    color=_colour(drafters.index(drafter) if len(panels) == 1 else place),
+                    marker=_MARKERS[place % len(_MARKERS)],
+                    linewidth=1.2,
+                    markersize=4,
+                )
+        axes.set_ylim(0.0, top)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        title = "Acceptance by position" if len(panels) == 1 else shown[0]
+        _style(axes, title, "draft position, in trees the depth", "P(accepted up to here)")
+        if len(panels) == 1:
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        else:
+            axes.legend(frameon=False, fontsize=7, loc="upper right")
     return figure
 
 
