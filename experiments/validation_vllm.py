@@ -1,8 +1,9 @@
-"""A recorded vLLM run against the same run simulated from its arrivals and lengths alone.
+"""A recorded vLLM run against the same run simulated from its workload.
 
 The scheduler is ours with vLLM's settings, the seconds come from the operator profile of the same model on the same
-card, and nothing is fitted to the run. It is simulated twice: with the KV block count that the run had, and with the
-count that follows from the card's memory and the settings.
+card, and nothing is fitted to the run. Of the workload it takes arrivals, lengths and, where that is known, which
+prompts begin alike. It is simulated up to three times: with the KV block count that the run had, with the count that
+follows from the card's memory and the settings, and from arrivals and lengths alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sim.cost_model import CostModel
 from sim.curves import Curve
 from sim.model_shape import MODEL_SHAPES, ModelShape
 from sim.profiles.llmservingsim import OperatorProfile, read_profile
+from sim.shared_prompts import PromptSharing, known_sharing, read_workload
 from sim.vllm_run import (
     STATISTICS,
     SimulatedRun,
@@ -37,6 +39,7 @@ COLUMNS = {
     "simulated": "simulated",
     "error_pct": "error %",
     "other_error_pct": "other simulator %",
+    "lengths_alone_error_pct": "lengths alone %",
     "expected_blocks_error_pct": "expected blocks %",
 }
 _RATE_NAMES = ("requests_per_s", "output_tokens_per_s")
@@ -44,11 +47,18 @@ _RATE_NAMES = ("requests_per_s", "output_tokens_per_s")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A recorded run and its two simulations; ``expected`` is ``None`` where the card's memory is not recorded."""
+    """A recorded run and its simulations.
+
+    Attributes:
+        lengths_alone: ``None`` where it is not known what prompts share, so that ``simulated`` is just that.
+        expected: ``None`` where the card's memory is not recorded.
+    """
 
     recorded: VllmRun
     simulated: SimulatedRun
     num_blocks: int
+    sharing: PromptSharing | None
+    lengths_alone: SimulatedRun | None
     expected: SimulatedRun | None
     expected_blocks: int | None
 
@@ -61,7 +71,8 @@ def run(config: Config, run: Run) -> tuple[dict[str, Any], str]:
     shape = _shape(options.model, recorded)
     profile = read_profile(options.profile, recorded.settings.tensor_parallel)
     cost_model = operator_cost_model(profile, shape)
-    compared = _compare(recorded, shape, cost_model, options.num_blocks)
+    sharing = _sharing(options.workload, recorded)
+    compared = _compare(recorded, shape, cost_model, options.num_blocks, sharing)
     rows = _rows(compared, read_summary(options.run))
     title = (
         f"{recorded.model} on {recorded.device}, vLLM {recorded.version}, {recorded.arrival_s.size} requests"
@@ -116,24 +127,47 @@ def _shape(name: str | None, recorded: VllmRun) -> ModelShape:
     return MODEL_SHAPES[name]
 
 
+def _sharing(workload: str | None, recorded: VllmRun) -> PromptSharing | None:
+    """What the run's prompts have in common: of its workload's file, or of a public workload that is known."""
+    if workload is None:
+        return known_sharing(recorded.dataset_hash)
+    sharing, lengths = read_workload(workload)
+    of_run = zip(recorded.input_tokens.tolist(), recorded.output_tokens.tolist(), strict=True)
+    if lengths != list(of_run):
+        raise ValueError(f"validate.workload={workload} is not what the run was fed with: its lengths differ")
+    return sharing
+
+
 def _compare(
-    recorded: VllmRun, shape: ModelShape, cost_model: CostModel, num_blocks: int | None
+    recorded: VllmRun,
+    shape: ModelShape,
+    cost_model: CostModel,
+    num_blocks: int | None,
+    sharing: PromptSharing | None,
 ) -> Comparison:
     expected = None if recorded.memory_bytes is None else expected_kv_blocks(recorded, shape)
     blocks = num_blocks or recorded.num_blocks or expected
     if blocks is None:
         raise ValueError("the run's meta.json has no kv_cache.num_gpu_blocks: give validate.num_blocks")
-    simulated = simulate_run(recorded, cost_model, blocks)
-    other = simulate_run(recorded, cost_model, expected) if expected and expected != blocks else None
-    return Comparison(recorded, simulated, blocks, other or (simulated if expected else None), expected)
+    simulated = simulate_run(recorded, cost_model, blocks, sharing)
+    return Comparison(
+        recorded=recorded,
+        simulated=simulated,
+        num_blocks=blocks,
+        sharing=sharing,
+        lengths_alone=simulate_run(recorded, cost_model, blocks) if sharing else None,
+        expected=simulate_run(recorded, cost_model, expected, sharing) if expected else None,
+        expected_blocks=expected,
+    )
 
 
 def _rows(compared: Comparison, published: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
     """A row per latency; where a simulator's own figures came with the run, its error beside ours."""
     real, ours = statistics(compared.recorded.latencies), statistics(compared.simulated.latencies)
     errors = errors_pct(compared.simulated.latencies, compared.recorded.latencies)
-    expected = (
-        errors_pct(compared.expected.latencies, compared.recorded.latencies) if compared.expected else {}
+    expected, alone = (
+        errors_pct(other.latencies, compared.recorded.latencies) if other else {}
+        for other in (compared.expected, compared.lengths_alone)
     )
     rows: list[dict[str, Any]] = []
     for name in real:
@@ -143,6 +177,7 @@ def _rows(compared: Comparison, published: dict[str, tuple[float, float]]) -> li
             "simulated": 1e3 * ours[name],
             "error_pct": errors[name],
             "other_error_pct": None,
+            "lengths_alone_error_pct": alone.get(name),
             "expected_blocks_error_pct": expected.get(name),
         }
         if name in published:
@@ -176,6 +211,7 @@ def _summary(compared: Comparison, profile: OperatorProfile, cost_model: CostMod
         "num_preemptions": simulated.num_preemptions,
         "num_steps": simulated.num_steps,
         "utilisation": simulated.busy_s / simulated.duration_s,
+        "shared_prompts": None,
         "expected_blocks": None,
         "cost_model": {
             "source": profile.source,
@@ -183,12 +219,23 @@ def _summary(compared: Comparison, profile: OperatorProfile, cost_model: CostMod
             "extrapolated": cost_model.extrapolated,
         },
     }
-    if compared.expected is not None:
-        summary["expected_blocks"] = {
-            "num_blocks": compared.expected_blocks,
-            "errors_pct": errors_pct(compared.expected.latencies, recorded.latencies),
-            "throughput_errors_pct": rate_errors(compared.expected),
+
+    def errors(other: SimulatedRun) -> dict[str, Any]:
+        return {
+            "errors_pct": errors_pct(other.latencies, recorded.latencies),
+            "throughput_errors_pct": rate_errors(other),
         }
+
+    if compared.sharing is not None and compared.lengths_alone is not None:
+        summary["shared_prompts"] = {
+            "source": compared.sharing.source,
+            "num_requests": sum(
+                tokens >= recorded.settings.block_size for *_, tokens in compared.sharing.shared
+            ),
+            "lengths_alone": errors(compared.lengths_alone),
+        }
+    if compared.expected is not None:
+        summary["expected_blocks"] = {"num_blocks": compared.expected_blocks, **errors(compared.expected)}
     return summary
 
 
@@ -196,7 +243,7 @@ def _draw(run: Run, compared: Comparison) -> None:
     real = compared.recorded.latencies
     run.log_figure("scatter", plots_validation.latency_scatter(real, compared.simulated.latencies))
     lines = {"measured": real, f"simulated, {compared.num_blocks} KV blocks": compared.simulated.latencies}
-    if compared.expected is not None and compared.expected is not compared.simulated:
+    if compared.expected is not None and compared.expected_blocks != compared.num_blocks:
         lines[f"simulated, {compared.expected_blocks} KV blocks expected"] = compared.expected.latencies
     run.log_figure("cdf", plots_validation.latency_cdfs(lines))
 
@@ -205,11 +252,18 @@ def _page(title: str, rows: list[dict[str, Any]], summary: dict[str, Any]) -> st
     """The section of the report."""
     num_statistics, within = len(STATISTICS), sum(abs(row["error_pct"]) <= 1.0 for row in rows)
     worst = max(rows, key=lambda row: abs(row["error_pct"]))
-    expected = summary["expected_blocks"]
+    expected, shared = summary["expected_blocks"], summary["shared_prompts"]
     lines = [
         f"## {title}",
         "",
-        "Simulated from arrivals and lengths alone: this scheduler with vLLM's settings, seconds from the operator "
+        "Simulated from arrivals and lengths "
+        + (
+            f"and from which prompts begin alike ({shared['num_requests']} share a KV block or more with an earlier "
+            f"one; {shared['source']})"
+            if shared
+            else "alone"
+        )
+        + ": this scheduler with vLLM's settings, seconds from the operator "
         f"profile ({summary['cost_model']['source']}), nothing fitted to the run. KV blocks: {summary['num_blocks']}, "
         "as the run had"
         + (f"; {expected['num_blocks']} follow from memory and settings." if expected else "."),
@@ -219,7 +273,7 @@ def _page(title: str, rows: list[dict[str, Any]], summary: dict[str, Any]) -> st
     ]
     for row in rows:
         cells = [row["latency"], f"{row['measured']:.1f}", f"{row['simulated']:.1f}"]
-        for name in ("error_pct", "other_error_pct", "expected_blocks_error_pct"):
+        for name in list(COLUMNS)[3:]:
             cells.append("–" if row[name] is None else f"{row[name]:+.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     rates = summary["throughput_errors_pct"]
@@ -235,8 +289,14 @@ def _page(title: str, rows: list[dict[str, Any]], summary: dict[str, Any]) -> st
         "",
         "### Where it can be wrong",
         "",
-        "* Prompts that begin alike share KV blocks in the run, but lengths do not tell; here every request's tokens "
-        "are its own, so more is computed and less fits.",
+        *(
+            []
+            if shared
+            else [
+                "* Prompts that begin alike share KV blocks in the run, but lengths do not tell; here every request's "
+                "tokens are its own, so more is computed and less fits. validate.workload=FILE tells.",
+            ]
+        ),
         "* A row's attention counts with the mean context of the rows; a few far longer contexts take more.",
         "* Kernels are added up without gaps, and the host is taken to keep up. The first steps of a real run, before "
         "it is warm, take longer.",

@@ -5,8 +5,9 @@ A step of a method takes the target's pass over its drafted tokens, the drafter'
     speed-up = τ · plain step / (verification + drafting + host)
 
 Where an engine launches every kernel from Python, a pass takes at least ``layer_s`` per decoder layer whatever the
-device does, and a tree costs ``tree_s`` per step beside. Neither is published; they are fitted to the other methods of
-the table when one is predicted. With both at zero the device alone decides, as under CUDA graphs.
+device does, a drafter's pass that grows a tree ``expand_s`` more (probabilities, top-k, gathers, masks and positions
+of the next level), and a tree costs ``tree_s`` per step beside. None is published; they are fitted to the other methods
+of the table when one is predicted. With all at zero the device alone decides, as under CUDA graphs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ RTX_3090 = Hardware(
 
 _LAYER_S = (1e-4, 1.2e-3)  # 1.2 ms: gpt-fast's 25.5 tokens/s of Llama-7B on an A100 in plain eager mode
 _TREE_S = (1e-5, 5e-2)
+_EXPAND_S = (1e-5, 5e-3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +72,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Host seconds of an engine: per decoder layer of any pass, at least; and per step with a tree."""
+    """Host seconds of an engine: per decoder layer of any pass, at least; per step with a tree; per pass that grows
+    one."""
 
     layer_s: float = 0.0
     tree_s: float = 0.0
+    expand_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,8 @@ class Predictor:
         entries = np.array([float(batch * self.context)])
         layer_s = float(operators.dense(rows)[0]) + float(operators.decode_attention(entries)[0])
         device_s = method.layers * layer_s + method.heads * float(operators.lm_head(rows)[0])
-        return max(device_s, engine.layer_s * (method.layers + method.heads))
+        launched_s = max(device_s, engine.layer_s * (method.layers + method.heads))
+        return launched_s + (engine.expand_s if method.tree else 0.0)
 
     def _drafter(self, method: Method) -> CostModel:
         """A model of one layer, as wide as the method says, with the target's vocabulary."""
@@ -179,25 +184,25 @@ def fit_engine(predictor: Predictor, methods: Sequence[Method]) -> Engine:
     """The host seconds that bring the predicted speed-ups of ``methods`` closest to the published ones.
 
     Raises:
-        ValueError: fewer than two methods: two figures are fitted.
+        ValueError: fewer than three methods: three figures are fitted.
     """
-    if len(methods) < 2:
-        raise ValueError(f"{len(methods)} methods cannot tell two figures of an engine")
+    if len(methods) < 3:
+        raise ValueError(f"{len(methods)} methods cannot tell three figures of an engine")
 
     def error(logs: np.ndarray) -> float:
         engine = _engine(logs)
         logs_off = [np.log(predictor.speedup(one, engine) / one.speedup) for one in methods]
         return float(np.mean(np.abs(logs_off)))
 
-    starts = ((5e-4, 3e-3), (1e-3, 6e-3), (2e-4, 1e-3))
+    starts = ((5e-4, 3e-3, 3e-4), (1e-3, 6e-3, 1e-3), (2e-4, 1e-3, 1e-4))
     found = [minimum(error, np.log(start).tolist()) for start in starts]
     return _engine(min(found, key=lambda one: one[1])[0])
 
 
 def _engine(logs: np.ndarray) -> Engine:
-    """Once the host alone decides, only the ratio of the two shows in speed-ups, hence the bounds."""
-    layer_s, tree_s = np.exp(logs).tolist()
-    return Engine(min(max(layer_s, _LAYER_S[0]), _LAYER_S[1]), min(max(tree_s, _TREE_S[0]), _TREE_S[1]))
+    """Once the host alone decides, only the ratios of the three show in speed-ups, hence the bounds."""
+    bounds = zip(np.exp(logs).tolist(), (_LAYER_S, _TREE_S, _EXPAND_S), strict=True)
+    return Engine(*(min(max(value, low), high) for value, (low, high) in bounds))
 
 
 def left_out_predictions(predictor: Predictor, methods: Sequence[Method]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from sim.hardware import HARDWARE_NAMES
 from sim.model_shape import MODEL_SHAPES, ModelShape
 from sim.overlapped import OverlappedReplica
 from sim.replica import SimRequest, StepTimes
+from sim.shared_prompts import PromptSharing
 from specdec.scheduler import SchedulerConfig, StepLoop, make_controller, make_policy
 
 FloatArray = NDArray[np.float64]
@@ -71,6 +72,7 @@ class VllmRun:
         queued_s, first_token_s, last_token_s: float64 [n], on the engine's clock.
         num_blocks: KV blocks that the run had; ``None`` where it is not recorded.
         memory_bytes: of one device.
+        dataset_hash: SHA-256 of the workload's file, ``None`` where it is not recorded.
     """
 
     model: str
@@ -85,6 +87,7 @@ class VllmRun:
     last_token_s: FloatArray
     num_blocks: int | None
     memory_bytes: int | None
+    dataset_hash: str | None
 
     @property
     def latencies(self) -> dict[str, FloatArray]:
@@ -178,6 +181,7 @@ def read_run(folder: str | Path) -> VllmRun:
         last_token_s=columns["last_token_ts"],
         num_blocks=cache.get("num_gpu_blocks"),
         memory_bytes=hardware.get("device_total_memory_bytes"),
+        dataset_hash=meta.get("dataset_hash"),
     )
 
 
@@ -264,14 +268,17 @@ def expected_kv_blocks(recorded: VllmRun, shape: ModelShape) -> int:
     return blocks
 
 
-def simulate_run(recorded: VllmRun, cost_model: StepTimes, num_blocks: int) -> SimulatedRun:
+def simulate_run(
+    recorded: VllmRun, cost_model: StepTimes, num_blocks: int, sharing: PromptSharing | None = None
+) -> SimulatedRun:
     """Simulate the run's engine: our scheduler with vLLM's settings, fed with arrivals and lengths.
 
-    Every request's tokens are its own: prefixes that prompts have in common do not show in their lengths. Blocks of
-    a preempted request stay in the prefix cache, its output's too, until they are needed.
+    Blocks of a preempted request stay in the prefix cache, its output's too, until they are needed.
 
     Args:
         num_blocks: as vLLM counts them, with its null block.
+        sharing: which of the run's prompts begin alike. Without it every request's tokens are its own, as lengths
+            do not tell.
 
     Raises:
         ValueError: a request that can never run with these settings.
@@ -298,7 +305,7 @@ def simulate_run(recorded: VllmRun, cost_model: StepTimes, num_blocks: int) -> S
         make_acceptance("constant", alpha=0.0),
         plans_ahead=settings.async_scheduling,
     )
-    requests = _requests(recorded)
+    requests = _requests(recorded, sharing)
 
     def arrivals() -> Any:
         for request in requests:
@@ -320,30 +327,27 @@ def simulate_run(recorded: VllmRun, cost_model: StepTimes, num_blocks: int) -> S
     )
 
 
-def _requests(recorded: VllmRun) -> list[SimRequest]:
-    size, caches = recorded.settings.block_size, recorded.settings.prefix_caching
+def _requests(recorded: VllmRun, sharing: PromptSharing | None) -> list[SimRequest]:
+    size = recorded.settings.block_size
+    prompts, outputs = recorded.input_tokens.tolist(), recorded.output_tokens.tolist()
+    sharing = sharing or PromptSharing(len(prompts), ())
+    hashes = sharing.block_hashes(prompts, size)
+    next_hash = 1 + max((max(of_prompt, default=0) for of_prompt in hashes), default=0)
     requests: list[SimRequest] = []
-    next_hash = 1
-    for index, (arrival_s, prompt, output) in enumerate(
-        zip(
-            recorded.arrival_s.tolist(),
-            recorded.input_tokens.tolist(),
-            recorded.output_tokens.tolist(),
-            strict=True,
-        )
-    ):
-        num_hashes = (prompt + output) // size if caches else 0
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        num_hashes = (prompt + output) // size
+        of_answer = list(range(next_hash, next_hash + num_hashes - len(hashes[index])))
+        next_hash += len(of_answer)
         requests.append(
             SimRequest(
                 request_id=index,
                 prompt_len=prompt,
                 max_tokens=output,
                 output_len=output,
-                arrival_s=arrival_s,
-                block_hashes=list(range(next_hash, next_hash + num_hashes)),
+                arrival_s=float(recorded.arrival_s[index]),
+                block_hashes=hashes[index] + of_answer if recorded.settings.prefix_caching else [],
             )
         )
-        next_hash += num_hashes
     return requests
 
 

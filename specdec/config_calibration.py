@@ -24,8 +24,10 @@ class ValidationGroup:
 
     run: folder of a recorded vLLM run (requests.jsonl, meta.json), with profile, the operator profile of the same
     model on the same card. num_blocks: KV blocks, null for what the run's meta.json says. model: the shape's name
-    where the run's own is not known. silicon: a table of measured end-to-end rows in aiconfigurator's form
-    (silicon_sample.csv). published: speed-ups of speculative decoding that were published for an A100.
+    where the run's own is not known. workload: the file that the run was fed with (JSON lines with input_tok_ids),
+    which tells what prompts have in common; null for what is known of the run's dataset_hash. silicon: a table of
+    measured end-to-end rows in aiconfigurator's form (silicon_sample.csv). published: speed-ups of speculative decoding
+    that were published for an A100.
 
     own: runs of this engine on this machine, some to fit on, others to predict. Its options: drafters, of
     ``OWN_DRAFTERS``, with chunked prefill; whole_prompts, those that run with prompts computed whole as well; alphas,
@@ -40,6 +42,7 @@ class ValidationGroup:
     profile: str | None = None
     num_blocks: int | None = None
     model: str | None = None
+    workload: str | None = None
     silicon: str | None = None
     published: bool = False
     own: bool = False
@@ -58,7 +61,7 @@ class ValidationGroup:
             (self.run is None) == (self.profile is None),
             "validate.run and validate.profile come together: a recorded run and the operator profile of its card",
         )
-        for name in ("num_blocks", "model"):
+        for name in ("num_blocks", "model", "workload"):
             require(
                 getattr(self, name) is None or self.run is not None,
                 f"validate.{name} was given, but it is for validate.run",

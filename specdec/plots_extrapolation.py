@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from specdec.plots import (
@@ -220,6 +220,8 @@ def fleets(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if key.endswith("_s"):
                 axes.set_xscale("log")
                 _plain_ticks(axes.xaxis)
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(3))  # shares that nearly agree have long labels
             _style(axes, f"{heading}, {mix}" if axes is line[0] else heading, unit, "", grid="x")
             axes.tick_params(axis="y", length=0)
         line[0].set_ylim(len(cases) - 0.5, -0.5)

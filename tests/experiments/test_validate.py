@@ -70,6 +70,28 @@ def test_a_run_that_the_simulator_made_has_no_error(tmp_path: Path):
     assert {path.name for path in (tmp_path / "out" / "plots").glob("*.png")} == {"scatter.png", "cdf.png"}
 
 
+def test_a_workload_tells_what_the_prompts_of_the_run_share(tmp_path: Path):
+    profile = write_profile(tmp_path / "profile")
+    bench = recorded_by_the_simulator(tmp_path, profile)
+    workload = tmp_path / "workload.jsonl"
+    lines = [
+        {"input_tok_ids": list(range(row["input_toks"])), "output_toks": row["output_toks"]}
+        for row in requests(20)
+    ]
+    workload.write_text("\n".join(json.dumps(line) for line in lines))
+    words = (f"validate.run={bench}", f"validate.profile={profile}", f"validate.workload={workload}")
+    summary = validate.run(build(*words, experiment="validate"), run_of(tmp_path / "out"))
+    shared = summary["shared_prompts"]
+    assert shared["num_requests"] == 19
+    # The run was recorded without sharing, so lengths alone are right, and sharing computes too little.
+    assert all(abs(error) < 1e-6 for error in shared["lengths_alone"]["errors_pct"].values())
+    assert summary["errors_pct"]["ttft_mean"] < -1.0
+    assert "lengths alone %" in (tmp_path / "out" / "report.md").read_text()
+    workload.write_text("\n".join(json.dumps(line) for line in lines[:-1]))
+    with pytest.raises(ValueError, match="is not what the run was fed with"):
+        validate.run(build(*words, experiment="validate"), run_of(tmp_path / "again"))
+
+
 def test_a_slower_card_shows_as_signed_errors(tmp_path: Path):
     profile = write_profile(tmp_path / "profile")
     bench = recorded_by_the_simulator(tmp_path, profile)
@@ -92,6 +114,7 @@ def test_a_slower_card_shows_as_signed_errors(tmp_path: Path):
         ((), "nothing to validate"),
         (("validate.run=somewhere",), "come together"),
         (("validate.model=llama-3.1-8b",), "is for validate.run"),
+        (("validate.workload=somewhere",), "is for validate.run"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, words: tuple[str, ...], message: str):

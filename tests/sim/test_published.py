@@ -49,9 +49,9 @@ def test_fewer_operations_per_byte_cost_methods_that_verify_many_tokens(a100: Pr
     assert batched["a100"]["prompt lookup"] < batched["a100"]["EAGLE-2"]
 
 
-def test_an_engine_needs_two_methods(a100: Predictor):
-    with pytest.raises(ValueError, match="cannot tell two figures"):
-        fit_engine(a100, read_table().methods[:1])
+def test_an_engine_needs_three_methods(a100: Predictor):
+    with pytest.raises(ValueError, match="cannot tell three figures"):
+        fit_engine(a100, read_table().methods[:2])
 
 
 def test_a_table_of_another_form_is_refused(tmp_path: Path):

@@ -14,6 +14,7 @@ from sim.acceptance import make_acceptance
 from sim.model_shape import MODEL_SHAPES
 from sim.overlapped import OverlappedReplica
 from sim.replica import SimRequest
+from sim.shared_prompts import PromptSharing
 from sim.step_features import StepCost, StepFeatures
 from sim.vllm_run import (
     chip_named,
@@ -90,6 +91,16 @@ def test_preempted_blocks_stay_in_the_prefix_cache(tmp_path: Path):
     plain_run = read_run(write_run(tmp_path / "b", rows, enable_prefix_caching=False, **settings))
     plain = simulate_run(plain_run, EvenSteps(), 20)
     assert cached.last_token_s.max() <= plain.last_token_s.max()
+
+
+def test_what_prompts_share_is_computed_once_and_held_once(tmp_path: Path):
+    """Two prompts of 256 tokens, one step each; the second begins with 240 tokens of the first."""
+    rows = [request(0.0, prompt=256, output=8), request(3.0, prompt=256, output=8)]
+    recorded = read_run(write_run(tmp_path / "run", rows, num_gpu_blocks=24))
+    sharing = PromptSharing(2, ((1, 0, 240),))
+    alone, shared = simulate_run(recorded, EvenSteps(), 24), simulate_run(recorded, EvenSteps(), 24, sharing)
+    assert alone.first_token_s[1] > alone.last_token_s[0]  # no room beside the first: 17 of 23 blocks
+    assert shared.first_token_s[1] < shared.last_token_s[0]
 
 
 def test_statistics_and_errors_are_signed_and_named(tmp_path: Path):
