@@ -2,8 +2,9 @@
 
 Each configuration (drafter, chunked prefill or not) is first saturated: all requests at once, which gives its
 capacity. Then it serves Poisson arrivals at shares of that, and one run more, of other requests, to fit on. Answers
-have drawn lengths and no end of their own. Traces are ``trace/<run>.*.parquet``, and ``trace/<run>.json`` says that
-a run is complete and what it was.
+have drawn lengths and no end of their own. How fast the machine is, is measured before and after each run; one during
+which that changed is measured again. Traces are
+``trace/<run>.*.parquet``, and ``trace/<run>.json`` says that a run is complete and what it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 import polars as pl
 
 from experiments import common
-from sim.recorded_run import RecordedRun
+from experiments.pace import measured_pace
+from sim.recorded_run import Pace, RecordedRun
 from specdec.config import Config, choose
 from specdec.scheduler import SamplingParams, SchedulerConfig
 from specdec.trace import TraceWriter, read_requests, read_steps
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 CAPACITY, FIT, REPEAT = "capacity", "fit", "repeat"
 _LABELS = {"none": "plain", "ngram": "n-gram", "eagle": "EAGLE", "synthetic": "synthetic"}
 _WARM_TOKENS = 6
+_STEADY, _ATTEMPTS = 0.03, 4
+"""A run at whose end the machine is faster or slower than at its start by more than this share is measured again."""
 _GROUPS = ("model", "engine", "sampling", "speculation", "verify", "policy", "drafter", "workload", "seed")
 _OPTIONS = ("num_requests", "output_lens", "chunk_tokens")
 """What one run depends on; the other options of ``validate`` say which runs are wanted and what is made of them."""
@@ -206,6 +210,7 @@ class _Recorder:
             SchedulerConfig(**about["limits"]),
             about["policy"],
             about["max_drafts"],
+            Pace.mean([Pace(*pace) for pace in about["paces_s"]]),
         )
 
     def _about(self, name: str) -> dict[str, Any] | None:
@@ -213,7 +218,7 @@ class _Recorder:
         if not path.is_file():
             return None
         about = json.loads(path.read_text())
-        return about if about["config_hash"] == self._hash else None
+        return about if about["config_hash"] == self._hash and "paces_s" in about else None
 
     @cached_property
     def _llm(self) -> LLM:
@@ -250,8 +255,19 @@ class _Recorder:
         # What a synthetic drafter must know of the answers is computed here and kept: the run's scheduler is fresh.
         self._llm._record_references(self._llm.encode([item.prompt for item in items]), every)
         self._configure(setup, seed)
-        with TraceWriter(self._folder, name) as trace:
-            self._serve(items, every, times_s.tolist(), trace)
+        num_attempts = 0
+        while True:
+            num_attempts += 1
+            paces = [measured_pace(self._llm)]
+            with TraceWriter(self._folder, name) as trace:
+                self._serve(items, every, times_s.tolist(), trace)
+            paces.append(measured_pace(self._llm))
+            change = max(abs(share - 1.0) for share in paces[1].over(paces[0]))
+            if change <= _STEADY or num_attempts == _ATTEMPTS:
+                break
+            for stale in self._folder.glob(f"{name}.*"):
+                stale.unlink()
+            self._configure(setup, seed)
         loop = self._llm.engine.loop
         about = {
             "label": setup.label,
@@ -260,6 +276,8 @@ class _Recorder:
             "limits": _plain_limits(loop.config),
             "policy": policy,
             "max_drafts": loop.speculation.max_drafts,
+            "paces_s": paces,
+            "num_attempts": num_attempts,
             "wall_s": float(read_steps(self._folder, name)["end_s"].to_numpy()[-1]),
             "config_hash": self._hash,
         }

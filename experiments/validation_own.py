@@ -1,10 +1,12 @@
 """Runs of this engine on this machine, predicted from arrivals and lengths alone.
 
 Of each configuration, some runs are fitted on (the seconds of a step and the law of acceptance), and the others, with
-other requests at other loads, are simulated. Each is simulated three times, so that an error has its place:
+other requests at other loads, are simulated. Each is simulated four times, so that an error has its place:
 
 * predicted: seconds from the fitted cost model, acceptance from the fitted law;
-* acceptance replayed: what each request accepted is as it was recorded, so what is left is the cost model's;
+* at the machine's pace: all seconds, fitted and predicted, in shares of what fixed passes took around each run, so what
+  goes is that the machine was faster or slower than in the fitted runs;
+* acceptance replayed: what each request accepted is as it was recorded too, so what is left is the cost model's;
 * plans replayed: the seconds of each step are as recorded too, so what is left is the control path's. The scheduler
   alone, fed with the recorded outcomes, must also make the recorded plans, array for array.
 
@@ -26,17 +28,27 @@ from experiments.run_errors import LATENCIES, LATENCY_NAMES, NAMES, Error, error
 from sim.acceptance import EmpiricalAcceptance
 from sim.cost_model import CostModel
 from sim.curves import FloatArray
-from sim.recorded_run import RecordedRun, RecordedSeconds, RunTimes, lent_verifications, simulate_run
+from sim.recorded_run import (
+    AS_IT_WAS,
+    Pace,
+    RecordedRun,
+    RecordedSeconds,
+    RunTimes,
+    lent_verifications,
+    simulate_run,
+)
 from sim.replay import replay
-from sim.step_fit import LaggedDrafting, fit_steps, step_table
+from sim.replica import StepTimes
+from sim.step_fit import AtPace, LaggedDrafting, fit_steps, step_table
 from specdec import plots_validation
 from specdec.config import Config
 from specdec.report import summary_table
 from specdec.tracking import Run
 
-PREDICTED, ACCEPTANCE, PLANS, POSITIONS = "predicted", "acceptance", "plans", "positions"
+PREDICTED, PACED, ACCEPTANCE, PLANS, POSITIONS = "predicted", "paced", "acceptance", "plans", "positions"
 MODES = {
     PREDICTED: "predicted",
+    PACED: "predicted at the machine's pace",
     ACCEPTANCE: "acceptance replayed",
     PLANS: "plans replayed",
     POSITIONS: "predicted, acceptance by position",
@@ -66,8 +78,9 @@ class Case:
         errors: by mode and statistic.
         num_plans: plans that the scheduler, fed with the recorded outcomes, made as they were.
         num_different: steps that had another size in the simulation with recorded seconds.
-        step_bias_pct: predicted over measured seconds of the recorded steps themselves; decode_bias_pct and
-            prompt_bias_pct of those without and with prompt tokens.
+        pace_pct: how much slower fixed passes were around this run than around those fitted: decoding, and prompts.
+        step_bias_pct: predicted over measured seconds of the recorded steps themselves, at the machine's pace;
+            decode_bias_pct and prompt_bias_pct of those without and with prompt tokens.
         step_error_pct: median absolute error of those.
     """
 
@@ -78,6 +91,7 @@ class Case:
     errors: dict[str, dict[str, Error]]
     num_plans: int
     num_different: int
+    pace_pct: tuple[float, float]
     step_bias_pct: float
     decode_bias_pct: float
     prompt_bias_pct: float
@@ -113,35 +127,51 @@ def _cases(config: Config, run: Run, measured: list[Measured]) -> list[Case]:
     with common.progress(run) as bar:
         task = bar.add_task("predicting", total=sum(len(one.predicted) for one in measured))
         for one in measured:
-            cost_model = fit_steps(
-                [step_table(fitted) for fitted in one.fitted],
-                has_draft_model=one.setup.has_draft_model,
-                source=f"{sum(fitted.steps.height for fitted in one.fitted)} steps of {one.setup.label}",
-            )
-            cost_model.save(run.directory / "cost_models" / one.setup.slug)
+            fits = _fit(one, paced=False), _fit(one, paced=True)
+            fits[0].save(run.directory / "cost_models" / one.setup.slug)
             for load, recorded in one.predicted.items():
-                cases.append(_case(one, load, recorded, cost_model, config.validate.num_simulations, rng))
+                cases.append(_case(one, load, recorded, fits, config.validate.num_simulations, rng))
                 bar.advance(task)
     return cases
+
+
+def _fit(one: Measured, *, paced: bool) -> CostModel:
+    """On the fitted runs as they were, or as if the machine had been as fast around each."""
+    return fit_steps(
+        [step_table(fitted, _pace(one, fitted) if paced else AS_IT_WAS) for fitted in one.fitted],
+        has_draft_model=one.setup.has_draft_model,
+        source=f"{sum(fitted.steps.height for fitted in one.fitted)} steps of {one.setup.label}",
+    )
+
+
+def _pace(one: Measured, recorded: RecordedRun) -> Pace:
+    """What fixed passes took around this run, in shares of what they took around the fitted ones."""
+    return recorded.pace.over(Pace.mean([fitted.pace for fitted in one.fitted]))
 
 
 def _case(
     one: Measured,
     load: float,
     recorded: RecordedRun,
-    cost_model: CostModel,
+    fits: tuple[CostModel, CostModel],
     num_simulations: int,
     rng: np.random.Generator,
 ) -> Case:
+    """One run in every mode. ``fits``: cost models fitted on seconds as they were, and at the machine's pace."""
     num_plans = replay(recorded.steps, recorded.requests, recorded.loop())
     as_recorded = RecordedSeconds(recorded)
     draws = num_simulations if recorded.max_drafts else 1
+    lent = [lent_verifications(one.fitted, recorded, rng) for _ in range(draws)]
+    cost_model, at_pace = fits
+    pace = _pace(one, recorded)
+
+    def paced() -> StepTimes:
+        return AtPace(LaggedDrafting(at_pace), pace)
+
     times = {
-        PREDICTED: [
-            simulate_run(recorded, LaggedDrafting(cost_model), lent_verifications(one.fitted, recorded, rng))
-            for _ in range(draws)
-        ],
-        ACCEPTANCE: [simulate_run(recorded, LaggedDrafting(cost_model), recorded.verifications)],
+        PREDICTED: [simulate_run(recorded, LaggedDrafting(cost_model), luck) for luck in lent],
+        PACED: [simulate_run(recorded, paced(), luck) for luck in lent],
+        ACCEPTANCE: [simulate_run(recorded, paced(), recorded.verifications)],
         PLANS: [simulate_run(recorded, as_recorded, recorded.verifications, seen_s=recorded.seen_s)],
     }
     if recorded.max_drafts:
@@ -153,7 +183,7 @@ def _case(
             for n in range(draws)
         ]
     found = {mode: errors(recorded.times, simulated, rng) for mode, simulated in times.items()}
-    step_model = LaggedDrafting(cost_model)
+    step_model = paced()
     predicted_s = np.array([step_model.predict_scalar(step).total_s for step in recorded.features])
     seconds = recorded.seconds
     with_prompts = np.array([step.prefill_tokens > 0 for step in recorded.features])
@@ -165,6 +195,7 @@ def _case(
         errors=found,
         num_plans=num_plans,
         num_different=as_recorded.num_different,
+        pace_pct=(100.0 * (pace.decode - 1.0), 100.0 * (pace.prompt - 1.0)),
         step_bias_pct=_bias_pct(predicted_s, seconds),
         decode_bias_pct=_bias_pct(predicted_s[~with_prompts], seconds[~with_prompts]),
         prompt_bias_pct=_bias_pct(predicted_s[with_prompts], seconds[with_prompts]),
@@ -207,6 +238,7 @@ def _interval_rows(case: Case, floor: dict[str, float] | None) -> list[dict[str,
                 "error_pct": error.error_pct,
                 "low_pct": error.low_pct,
                 "high_pct": error.high_pct,
+                "paced_pct": case.errors[PACED][name].error_pct,
                 "acceptance_replayed_pct": case.errors[ACCEPTANCE][name].error_pct,
                 "plans_replayed_pct": case.errors[PLANS][name].error_pct,
                 "repeat_pct": floor[name] if floor else None,
@@ -228,19 +260,27 @@ def _summary(
         for mode in MODES
         if any(mode in case.errors for case in cases)
     }
-    found = modes[PREDICTED]
-    reached = {name: found[name] <= goal for name, goal in GOALS.items()}
+    reached = {
+        mode: {name: modes[mode][name] <= goal for name, goal in GOALS.items()} for mode in (PREDICTED, PACED)
+    }
     return {
-        "errors_pct": {
-            f"{case.setup.slug}_load{case.load:g}": {
-                name: error.error_pct for name, error in case.errors[PREDICTED].items()
+        **{
+            key: {
+                f"{case.setup.slug}_load{case.load:g}": {
+                    name: error.error_pct for name, error in case.errors[mode].items()
+                }
+                for case in cases
             }
-            for case in cases
+            for key, mode in (("errors_pct", PREDICTED), ("paced_errors_pct", PACED))
         },
+        "paces_pct": {f"{case.setup.slug}_load{case.load:g}": case.pace_pct for case in cases},
         "modes": modes,
         "goals_pct": GOALS,
         "reached": reached,
-        "verdict": _verdict(found, reached),
+        "verdict": "; ".join(
+            f"{words}: {_verdict(modes[mode], reached[mode])}"
+            for mode, words in ((PREDICTED, "arrivals and lengths alone"), (PACED, "at the machine's pace"))
+        ),
         "repeat_pct": floor,
         "repeat": summarised(floor.items()) if floor else None,
         "repeat_of": f"{measured[0].setup.label} at {measured[0].repeated_load:g}" if floor else None,
@@ -258,8 +298,7 @@ def _verdict(found: dict[str, float], reached: dict[str, bool]) -> str:
         "worst": f"worst figure {found['worst']:.1f} % (goal {GOALS['worst']:g} %)",
         "throughput": f"worst throughput {found['throughput']:.1f} % (goal {GOALS['throughput']:g} %)",
     }
-    words = [f"{text} {'reached' if reached[name] else 'MISSED'}" for name, text in said.items()]
-    return f"{'all goals reached' if all(reached.values()) else 'not all goals reached'}: {'; '.join(words)}"
+    return ", ".join(f"{text} {'reached' if reached[name] else 'MISSED'}" for name, text in said.items())
 
 
 def _draw(run: Run, cases: list[Case]) -> list[str]:
@@ -276,8 +315,8 @@ def _draw(run: Run, cases: list[Case]) -> list[str]:
     for setup in dict.fromkeys(case.setup for case in cases):
         case = min((case for case in cases if case.setup == setup), key=lambda case: abs(case.load - 1.0))
         lines = {"measured": case.run.times.latencies}
-        for mode in (PREDICTED, ACCEPTANCE):
-            if mode == PREDICTED or case.run.max_drafts:
+        for mode in (PREDICTED, PACED, ACCEPTANCE):
+            if mode != ACCEPTANCE or case.run.max_drafts:
                 lines[MODES[mode]] = {
                     latency: np.concatenate([times.latencies[latency] for times in case.times[mode]])
                     for latency in LATENCIES
@@ -288,10 +327,9 @@ def _draw(run: Run, cases: list[Case]) -> list[str]:
 
 
 def _points(cases: list[Case], latency: str) -> tuple[FloatArray, FloatArray]:
-    """Measured and predicted milliseconds of the statistics of one latency, all loads together."""
-    found = [
-        case.errors[PREDICTED][name] for case in cases for name in LATENCY_NAMES if name.startswith(latency)
-    ]
+    """Measured and predicted milliseconds, at the machine's pace, of the statistics of one latency, all loads
+    together."""
+    found = [case.errors[PACED][name] for case in cases for name in LATENCY_NAMES if name.startswith(latency)]
     return (
         1e3 * np.array([error.measured for error in found]),
         1e3 * np.array([error.simulated for error in found]),

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -78,6 +78,29 @@ class RunTimes:
         return float(self.num_tokens.sum()) / self.duration_s
 
 
+class Pace(NamedTuple):
+    """Seconds of two passes that are the same for all runs, or these in shares of others.
+
+    Attributes:
+        decode: a full batch of decoding rows, which waits for memory; it stands for all steps without prompts.
+        prompt: a chunk of prompt, which computes; it stands for the others.
+    """
+
+    decode: float
+    prompt: float
+
+    @staticmethod
+    def mean(paces: Sequence[Pace]) -> Pace:
+        """Geometric."""
+        return Pace(*np.exp(np.log(np.array(paces)).mean(axis=0)).tolist())
+
+    def over(self, other: Pace) -> Pace:
+        return Pace(self.decode / other.decode, self.prompt / other.prompt)
+
+
+AS_IT_WAS = Pace(1.0, 1.0)
+
+
 class RecordedRun:
     """A complete trace: every request that arrived has finished.
 
@@ -86,6 +109,7 @@ class RecordedRun:
         limits: of the engine that was recorded.
         policy: as :func:`make_policy` takes it.
         max_drafts: of each verification; 0 for plain decoding.
+        pace: how fast the machine was around this run.
 
     Raises:
         ValueError: no request finished.
@@ -98,11 +122,13 @@ class RecordedRun:
         limits: SchedulerConfig,
         policy: Mapping[str, Any],
         max_drafts: int,
+        pace: Pace = AS_IT_WAS,
     ) -> None:
         if requests.is_empty():
             raise ValueError("the trace has no request that finished: record the run anew")
         self.steps, self.requests = steps, requests.sort("request_id")
         self.limits, self.policy, self.max_drafts = limits, policy, max_drafts
+        self.pace = pace
 
     def loop(self) -> StepLoop:
         """A fresh scheduler, configured as the recorded one was."""

@@ -23,7 +23,8 @@ import numpy as np
 from sim.cost_model import CostModel
 from sim.curves import Curve, FloatArray, Operators
 from sim.device_points import FLOOR_S, rising
-from sim.recorded_run import RecordedRun
+from sim.recorded_run import AS_IT_WAS, Pace, RecordedRun
+from sim.replica import StepTimes
 from sim.step_features import StepCost, StepFeatures, stack_features
 
 _NUM_KNOTS = 14
@@ -52,6 +53,18 @@ class StepTable:
     prefill_before: FloatArray
 
 
+class AtPace:
+    """Step times of a machine on which steps take ``pace`` times as long."""
+
+    def __init__(self, model: StepTimes, pace: Pace) -> None:
+        self._model, self._pace = model, pace
+
+    def predict_scalar(self, features: StepFeatures[float]) -> StepCost[float]:
+        draft_s, verify_s, sample_s, overhead_s, relative_std = self._model.predict_scalar(features)
+        pace = self._pace.prompt if features.prefill_tokens else self._pace.decode
+        return StepCost(pace * draft_s, pace * verify_s, pace * sample_s, pace * overhead_s, relative_std)
+
+
 class LaggedDrafting:
     """A cost model for one simulation of an engine whose draft model computes prompt tokens one step after the target
     did, as it needs what the target found. Steps are asked for in order.
@@ -74,11 +87,13 @@ class LaggedDrafting:
         return cost._replace(draft_s=cost.draft_s - early_s + late_s)
 
 
-def step_table(run: RecordedRun) -> StepTable:
-    """The steps of ``run`` as the fit takes them."""
+def step_table(run: RecordedRun, pace: Pace = AS_IT_WAS) -> StepTable:
+    """The steps of ``run`` as the fit takes them, with seconds as of a machine that is not ``pace`` times as slow."""
     stacked = stack_features(run.features)
-    draft_s, verify_s, sample_s = (run.steps[name].to_numpy() for name in ("draft_s", "verify_s", "sample_s"))
-    seconds = run.seconds
+    slower = np.where(stacked.prefill_tokens > 0.0, pace.prompt, pace.decode)
+    phases = (run.steps[name].to_numpy() for name in ("draft_s", "verify_s", "sample_s"))
+    draft_s, verify_s, sample_s = (phase_s / slower for phase_s in phases)
+    seconds = run.seconds / slower
     host_s = np.maximum(seconds - draft_s - verify_s - sample_s, 0.0)
     before = np.concatenate([[0.0], stacked.prefill_tokens[:-1]])
     return StepTable(stacked, draft_s, verify_s, sample_s, host_s, seconds, before)

@@ -15,10 +15,10 @@ from rich.console import Console
 from experiments import own_runs
 from experiments.own_report import parts_of
 from experiments.run_errors import NAMES, THROUGHPUT, errors, statistics, summarised
-from sim.recorded_run import RecordedRun, RecordedSeconds, RunTimes, lent_verifications, simulate_run
+from sim.recorded_run import Pace, RecordedRun, RecordedSeconds, RunTimes, lent_verifications, simulate_run
 from sim.replay import replay
 from sim.step_features import StepFeatures
-from sim.step_fit import LaggedDrafting, fit_steps, step_table
+from sim.step_fit import AtPace, LaggedDrafting, fit_steps, step_table
 from specdec.scheduler import SchedulerConfig
 from specdec.trace import read_requests, read_steps
 from specdec.tracking import Run
@@ -69,12 +69,16 @@ def test_every_configuration_is_predicted_at_every_load(validated):
     own = summary["own"]
     assert len(own["errors_pct"]) == 4 * 2 and not own["not_measured"]
     assert all(set(found) == set(NAMES) for found in own["errors_pct"].values())
-    assert set(own["modes"]) == {"predicted", "acceptance", "plans", "positions"}
+    assert set(own["modes"]) == {"predicted", "paced", "acceptance", "plans", "positions"}
     assert all(math.isfinite(value) for found in own["modes"].values() for value in found.values())
     assert set(own["repeat_pct"]) == set(NAMES)
-    for goal, limit in own["goals_pct"].items():
-        assert own["reached"][goal] == (own["modes"]["predicted"][goal] <= limit)
-    assert own["verdict"].startswith("all goals" if all(own["reached"].values()) else "not all goals")
+    for mode, reached in own["reached"].items():
+        assert reached == {
+            goal: own["modes"][mode][goal] <= limit for goal, limit in own["goals_pct"].items()
+        }
+    missed = sum(not each for reached in own["reached"].values() for each in reached.values())
+    assert own["verdict"].count("MISSED") == missed
+    assert all(math.isfinite(pace) for paces in own["paces_pct"].values() for pace in paces)
     rows = json.loads((directory / "tables" / "own_intervals.json").read_text())
     assert len(rows) == 4 * 2 * len(NAMES)
     assert all(row["low_pct"] <= row["high_pct"] for row in rows)
@@ -140,6 +144,48 @@ def test_fitted_seconds_rise_with_every_size_and_add_up(validated):
     assert predicted_s.sum() == pytest.approx(table.seconds.sum(), rel=0.25)
     one, more = StepFeatures(1, 1, 1, 1, 20, 0, 0, 0, 0, 0), StepFeatures(4, 4, 4, 4, 80, 0, 0, 0, 0, 0)
     assert 0.0 < model.predict_scalar(one).total_s <= model.predict_scalar(more).total_s
+
+
+def test_a_machine_that_slows_down_as_its_passes_do_is_predicted_at_its_pace(validated):
+    """The same run, once as it was and once on a machine that takes 1.3 times as long for everything."""
+    run = recorded(validated[1], "ngram_chunked_capacity")
+    slow = step_table(run, Pace(1.0 / 1.3, 1.0 / 1.3))
+    np.testing.assert_allclose(slow.seconds, 1.3 * run.seconds)
+    model = fit_steps([step_table(run)], has_draft_model=False, source="test")
+    again = fit_steps([slow], has_draft_model=False, source="test")
+    for features in run.features[:20]:
+        at_pace = AtPace(model, Pace(1.3, 1.3)).predict_scalar(features)
+        assert at_pace.total_s == pytest.approx(again.predict_scalar(features).total_s, rel=1e-3)
+
+
+def test_steps_with_prompts_go_at_the_pace_of_prompts(validated):
+    run = recorded(validated[1], "none_chunked_capacity")
+    table = step_table(run, Pace(0.5, 2.0))
+    shares = np.where(table.features.prefill_tokens > 0, 2.0, 0.5)
+    assert set(shares.tolist()) == {0.5, 2.0}
+    np.testing.assert_allclose(table.seconds * shares, run.seconds)
+    model = fit_steps([step_table(run)], has_draft_model=False, source="test")
+    for features, share in zip(run.features, shares.tolist(), strict=True):
+        paced = AtPace(model, Pace(0.5, 2.0)).predict_scalar(features)
+        assert paced.total_s == pytest.approx(share * model.predict_scalar(features).total_s)
+
+
+def test_a_run_during_which_the_machine_changed_is_measured_again(tiny_llama_dir, tmp_path, monkeypatch):
+    """Passes take twice as long at the end of the first attempt."""
+    paces = iter([Pace(1.0, 1.0), Pace(1.0, 2.0), *[Pace(1.0, 1.0)] * 100])
+    monkeypatch.setattr(own_runs, "measured_pace", lambda _: next(paces))
+    only = ("validate.drafters=[none]", "validate.whole_prompts=[]", "validate.loads=[0.5]")
+    words = [
+        word
+        for word in SMALL
+        if not word.startswith(("validate.drafters", "validate.whole", "validate.loads"))
+    ]
+    run_tiny("validate", tiny_llama_dir, tmp_path / "run", *words, *only)
+    attempts = {
+        path.stem: json.loads(path.read_text())["num_attempts"]
+        for path in (tmp_path / "run" / "trace").glob("*.json")
+    }
+    assert attempts.pop("none_chunked_capacity") == 2 and set(attempts.values()) == {1}
 
 
 def test_a_draft_model_computes_prompts_one_step_late(validated):
@@ -227,6 +273,7 @@ def test_parts_of_an_error_add_up_to_it(validated):
                 mode: {row["statistic"]: type("E", (), {"error_pct": row[key]})}
                 for mode, key in (
                     ("predicted", "error_pct"),
+                    ("paced", "paced_pct"),
                     ("acceptance", "acceptance_replayed_pct"),
                     ("plans", "plans_replayed_pct"),
                 )
