@@ -79,9 +79,13 @@ def _from_aiconfigurator(folder: Path, chip: str | None) -> list[ChipProfile]:
 
 
 def _from_llmservingsim(folder: Path, chip: str | None) -> list[ChipProfile]:
-    """Of each card below ``folder``, all models and tensor-parallel degrees together."""
+    """Of each card below ``folder``, all models and tensor-parallel degrees together; not of mixtures of experts, whose
+    products have other shapes."""
     found: dict[str, list[Any]] = {}
     for place in llmservingsim.profile_folders(folder):
+        shape = shape_named(llmservingsim.model_of(place))
+        if shape.num_experts > 1:
+            continue
         devices = int(place.name.removeprefix("tp")) if place.name.startswith("tp") else 1
         profile = llmservingsim.read_profile(place, devices)
         name = chip or chip_named(profile.chip)
@@ -89,7 +93,7 @@ def _from_llmservingsim(folder: Path, chip: str | None) -> list[ChipProfile]:
             raise ValueError(
                 f"{place} is of {profile.chip!r}, of which conf/hardware has no sheet: give experiment.chip"
             )
-        found.setdefault(name, []).append((profile, shape_named(profile.model)))
+        found.setdefault(name, []).append((profile, shape))
     if not found:
         raise ValueError(f"{folder} holds no operator profile: no folder with per_sequence.csv")
     return [transfer.chip_profile(parts, load_hardware(name)) for name, parts in found.items()]

@@ -13,7 +13,7 @@ from typing import Any
 
 from sim.cost_model import CostModel
 from sim.curves import Curve
-from sim.model_shape import MODEL_SHAPES, ModelShape
+from sim.model_shape import PROFILED_SHAPES, ModelShape
 from sim.profiles.llmservingsim import OperatorProfile, read_profile
 from sim.shared_prompts import PromptSharing, known_sharing, read_workload
 from sim.vllm_run import (
@@ -122,9 +122,9 @@ def _all_reduce(profile: OperatorProfile, shape: ModelShape) -> Curve:
 def _shape(name: str | None, recorded: VllmRun) -> ModelShape:
     if name is None:
         return shape_named(recorded.model)
-    if name not in MODEL_SHAPES:
-        raise ValueError(f"validate.model={name} is not known: known are {', '.join(MODEL_SHAPES)}")
-    return MODEL_SHAPES[name]
+    if name not in PROFILED_SHAPES:
+        raise ValueError(f"validate.model={name} is not known: known are {', '.join(PROFILED_SHAPES)}")
+    return PROFILED_SHAPES[name]
 
 
 def _sharing(workload: str | None, recorded: VllmRun) -> PromptSharing | None:

@@ -14,13 +14,15 @@ DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder with grouped-query attention and a gated feed-forward network, without biases.
+    """A decoder with grouped-query attention and a gated feed-forward network, or several, without biases.
 
     Attributes:
         name: for reports.
         num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size: as in the
             model's public configuration.
         tied_embeddings: the output head is the embedding table.
+        num_experts: feed-forward networks of a layer, each ``intermediate_size`` wide, of which a router chooses some
+            for each token. What those cost is known from profiles only: rooflines refuse more than one.
         weight_bytes_per_param: bytes of a stored weight, scales included (bfloat16: 2).
         kv_bytes_per_element: bytes of an element of the KV cache.
 
@@ -37,6 +39,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     tied_embeddings: bool = False
+    num_experts: int = 1
     weight_bytes_per_param: float = 2.0
     kv_bytes_per_element: float = 2.0
 
@@ -49,6 +52,7 @@ class ModelShape:
             "head_dim",
             "intermediate_size",
             "vocab_size",
+            "num_experts",
             "weight_bytes_per_param",
             "kv_bytes_per_element",
         ):
@@ -64,7 +68,20 @@ class ModelShape:
     def linear_params_per_layer(self) -> int:
         """Weights of the matrices of one decoder layer."""
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * self.hidden_size
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        router = self.hidden_size * self.num_experts if self.num_experts > 1 else 0
+        return attention + 3 * self.hidden_size * self.intermediate_size * self.num_experts + router
+
+    def check_dense(self) -> None:
+        """Refuse a mixture of experts where nothing says what one costs.
+
+        Raises:
+            ValueError: more than one expert.
+        """
+        if self.num_experts > 1:
+            raise ValueError(
+                f"{self.name} is a mixture of {self.num_experts} experts, whose step times follow from no sheet and no "
+                "table of matrix products here: give an operator profile of the model"
+            )
 
     @property
     def num_params(self) -> int:
@@ -151,3 +168,10 @@ MODEL_SHAPES = {
         _shape("llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256, False),
     )
 }
+
+PROFILED_SHAPES = MODEL_SHAPES | {
+    "qwen3-30b-a3b": replace(
+        _shape("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 768, 151936, False), num_experts=128
+    ),
+}
+"""These, and mixtures of experts, which take an operator profile."""

@@ -151,6 +151,7 @@ def roofline_operators(
 
 def _dense(model: ModelShape, device: _Device, tensor_parallel: int) -> Curve:
     """Four matrix products and four elementwise kernels (two norms, rotary embedding, activation)."""
+    model.check_dense()
     hidden, ffn = model.hidden_size, model.intermediate_size / tensor_parallel
     queries = model.num_heads // tensor_parallel * model.head_dim
     keys = model.kv_heads_per_device(tensor_parallel) * model.head_dim

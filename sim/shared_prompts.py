@@ -4,7 +4,7 @@ Request i shares its first ``tokens[i]`` tokens with an earlier request ``with_r
 which it has the most in common. That is all there is to know: with whom else i shares, and how much, follows from
 what that one shares.
 
-The sharing of a few public workloads is in ``sim/profiles/data/shared_prompts.json`` under the SHA-256 of their files,
+The sharing of a few public workloads is in ``sim/data/shared_prompts.json`` under the SHA-256 of their files,
 which bench runs record; ``python -m sim.shared_prompts WORKLOAD.jsonl`` prints such an entry.
 
 >>> sharing = PromptSharing.of([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5]])
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-KNOWN = Path(__file__).parent / "profiles" / "data" / "shared_prompts.json"
+KNOWN = Path(__file__).parent / "data" / "shared_prompts.json"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from sim.acceptance import make_acceptance
 from sim.hardware import HARDWARE_NAMES
-from sim.model_shape import MODEL_SHAPES, ModelShape
+from sim.model_shape import PROFILED_SHAPES, ModelShape
 from sim.overlapped import OverlappedReplica
 from sim.replica import SimRequest, StepTimes
 from sim.shared_prompts import PromptSharing
@@ -213,19 +214,20 @@ def _settings(meta: Mapping[str, Any]) -> EngineSettings:
 
 
 def shape_named(model: str) -> ModelShape:
-    """The shape of a model by vLLM's name for it: ``meta-llama/Llama-3.1-8B`` is ``llama-3.1-8b``.
+    """The shape of a model by vLLM's name for it: ``meta-llama/Llama-3.1-8B`` is ``llama-3.1-8b``, and
+    ``Qwen/Qwen3-30B-A3B-Instruct-2507`` is ``qwen3-30b-a3b``.
 
     Raises:
         ValueError: a model whose shape is not known.
     """
-    name = model.rsplit("/", 1)[-1].lower().removesuffix("-instruct")
-    name = name.removeprefix("meta-")
-    if name not in MODEL_SHAPES:
+    name = model.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    name = re.sub(r"-instruct(-\d{4})?$", "", name)
+    if name not in PROFILED_SHAPES:
         raise ValueError(
             f"the shape of {model!r} is not known: add it to sim.model_shape.MODEL_SHAPES, or name one of "
-            f"{', '.join(MODEL_SHAPES)}"
+            f"{', '.join(PROFILED_SHAPES)}"
         )
-    return MODEL_SHAPES[name]
+    return PROFILED_SHAPES[name]
 
 
 def chip_named(device: str) -> str | None:

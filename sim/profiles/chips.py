@@ -269,6 +269,7 @@ def _dense(
     profile: ChipProfile, grid: GemmGrid, model: ModelShape, tensor_parallel: int, relative_std: float
 ) -> Curve:
     """Matrix products and elementwise kernels of one decoder layer."""
+    model.check_dense()
     hidden, ffn = model.hidden_size, model.intermediate_size / tensor_parallel
     queries = model.num_heads // tensor_parallel * model.head_dim
     keys = model.kv_heads_per_device(tensor_parallel) * model.head_dim

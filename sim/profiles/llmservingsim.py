@@ -6,7 +6,9 @@ A folder holds, for one tensor-parallel degree, microseconds of the kernels of o
   decoder layer, the others once per decoder layer;
 * ``attention.csv`` (or ``.csv.gz``): prefill_chunk, kv_prefill, n_decode, kv_decode, time_us: one chunk over that many
   cached tokens and so many decoding rows over that many each, in one kernel launch;
-* ``per_sequence.csv``: layer (``lm_head``, ``sampler``), sequences, time_us.
+* ``per_sequence.csv``: layer (``lm_head``, ``sampler``), sequences, time_us;
+* ``moe.csv``, of a mixture of experts, in place of the feed-forward layers of ``dense.csv``: tokens,
+  activated_experts, time_us.
 
 >>> profile = read_profile("profiler/perf/RTX4090/meta-llama/Llama-3.1-8B/bf16", tensor_parallel=1)
 >>> model = profile.cost_model(num_layers=32)
@@ -46,7 +48,10 @@ _COLUMNS = {
     "dense": ("layer", "tokens", "time_us"),
     "per_sequence": ("layer", "sequences", "time_us"),
     "attention": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"),
+    "moe": ("tokens", "activated_experts", "time_us"),
 }
+_FEED_FORWARD = ("down_proj", "moe")
+"""Without one of these layers a profile lacks most of what a step computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,13 +293,19 @@ def read_profile(folder: str | Path, tensor_parallel: int = 1) -> OperatorProfil
     layers = {
         str(name): _points(part, "tokens") for (name,), part in dense.group_by("layer", maintain_order=True)
     }
+    if _path(inner, "moe"):
+        layers["moe"] = _expert_points(_read(inner, "moe"))
+    if not any(name in layers for name in _FEED_FORWARD):
+        raise ValueError(
+            f"{inner} has no feed-forward layer, neither down_proj in dense.csv nor moe.csv: it is not a whole profile"
+        )
     rows = {str(name): _points(part, "sequences") for (name,), part in sequences.group_by("layer")}
     for name in ("lm_head", "sampler"):
         if name not in rows:
             raise ValueError(f"{inner / 'per_sequence.csv'} has no layer {name!r}: it has {', '.join(rows)}")
     columns = [attention[name].to_numpy().astype(np.float64) for name in _COLUMNS["attention"]]
     return OperatorProfile(
-        model=str(meta.get("model", inner.parent.parent.name)),
+        model=model_of(inner),
         chip=str(meta.get("gpu", meta.get("hardware", "unnamed chip"))),
         measured_with=f"vLLM {meta.get('vllm_version', '?')}, CUDA {meta.get('cuda_version', '?')}",
         tensor_parallel=tensor_parallel,
@@ -305,6 +316,11 @@ def read_profile(folder: str | Path, tensor_parallel: int = 1) -> OperatorProfil
     )
 
 
+def model_of(folder: str | Path) -> str:
+    """The model of the profile in ``folder``, of one tensor-parallel degree, as the profile names it."""
+    return str(_meta(Path(folder)).get("model", Path(folder).parent.parent.name))
+
+
 def _meta(folder: Path) -> dict[str, Any]:
     for place in (folder, folder.parent):
         if (place / "meta.yaml").is_file():
@@ -312,9 +328,13 @@ def _meta(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _path(folder: Path, name: str) -> Path | None:
+    paths = (folder / f"{name}.csv", folder / f"{name}.csv.gz")
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _read(folder: Path, name: str) -> pl.DataFrame:
-    paths = [folder / f"{name}.csv", folder / f"{name}.csv.gz"]
-    path = next((path for path in paths if path.is_file()), None)
+    path = _path(folder, name)
     if path is None:
         raise ValueError(f"{folder} has no {name}.csv or {name}.csv.gz: give a folder of an operator profile")
     frame = pl.read_csv(path, infer_schema_length=None)
@@ -330,6 +350,21 @@ def _read(folder: Path, name: str) -> pl.DataFrame:
 def _points(frame: pl.DataFrame, size: str) -> tuple[FloatArray, FloatArray]:
     frame = frame.filter(pl.col(size) > 0).group_by(size).agg(pl.col("time_us").median()).sort(size)
     return frame[size].to_numpy().astype(np.float64), frame["time_us"].to_numpy() * 1e-6
+
+
+def _expert_points(frame: pl.DataFrame) -> tuple[FloatArray, FloatArray]:
+    """Seconds by tokens, [n] each, with as many experts at work as tokens wake that choose evenly: of E experts, k for
+    each of T tokens, E (1 - (1 - k/E)^T). Routers that were trained wake some fewer."""
+    medians = frame.group_by("tokens", "activated_experts").agg(pl.col("time_us").median()).sort(pl.all())
+    counts, awake, times = (medians[name].to_numpy().astype(np.float64) for name in _COLUMNS["moe"])
+    chosen, known = awake.min(), awake.max()
+    tokens = np.unique(counts)
+    woken = known * (1.0 - (1.0 - chosen / known) ** tokens)
+    seconds: list[float] = [
+        float(np.interp(each, awake[counts == count], times[counts == count]))
+        for count, each in zip(tokens, woken, strict=True)
+    ]
+    return tokens, 1e-6 * np.array(seconds)
 
 
 def profile_folders(root: str | Path) -> Sequence[Path]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim.cost_model import roofline_cost_model
 from sim.hardware import load_hardware
-from sim.model_shape import MODEL_SHAPES
-from sim.profiles.chips import load_profile
+from sim.model_shape import MODEL_SHAPES, PROFILED_SHAPES
+from sim.profiles.chips import chip_cost_model, load_profile
 from sim.profiles.fitting import hold_out, simplified
 from sim.profiles.llmservingsim import profile_folders, read_profile
 from sim.profiles.transfer import chip_profile, completed
@@ -99,6 +100,38 @@ def test_a_missing_table_is_named(tmp_path: Path, name: str):
     (folder / "tp1" / f"{name}.csv").unlink()
     with pytest.raises(ValueError, match=rf"no {name}\.csv"):
         read_profile(folder)
+
+
+def test_experts_cost_what_the_profile_says_of_as_many_as_are_awake(tmp_path: Path):
+    """Two of eight experts for a token, 10 us for each that is awake, 1 us for a token; no other feed-forward layer."""
+    folder = write_profile(tmp_path / "profile")
+    path = folder / "tp1" / "dense.csv"
+    lines = path.read_text().splitlines()
+    feed_forward = ("gate_up_proj", "down_proj", "act_fn")
+    path.write_text("\n".join(line for line in lines if not line.startswith(feed_forward)))
+    with pytest.raises(ValueError, match="no feed-forward layer"):
+        read_profile(folder)
+    before = write_profile(tmp_path / "dense")
+    rows = [(t, e, 10.0 * e + t) for t in (1, 4, 64, 2048) for e in (2, 4, 8) if e <= 2 * t]
+    (folder / "tp1" / "moe.csv").write_text(
+        "tokens,activated_experts,time_us\n" + "\n".join(f"{t},{e},{us}" for t, e, us in rows)
+    )
+    tokens, with_experts = read_profile(folder).layer_seconds()
+    _, dense = read_profile(before).layer_seconds()
+    for count in (1, 4, 64, 2048):
+        place = int(np.flatnonzero(tokens == count)[0])
+        awake = 8 * (1.0 - 0.75**count)
+        expected_us = 10.0 * awake + count - 0.63 * layer_us(count)
+        assert 1e6 * (with_experts - dense)[place] == pytest.approx(expected_us, rel=1e-6)
+
+
+def test_a_mixture_of_experts_takes_a_profile():
+    shape = PROFILED_SHAPES["qwen3-30b-a3b"]
+    assert shape.num_params == pytest.approx(30.5e9, rel=0.01)
+    with pytest.raises(ValueError, match="give an operator profile"):
+        roofline_cost_model(load_hardware("h100"), shape)
+    with pytest.raises(ValueError, match="give an operator profile"):
+        chip_cost_model(load_hardware("h100"), shape)
 
 
 def test_profiles_are_found_below_a_folder(tmp_path: Path):

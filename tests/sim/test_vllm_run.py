@@ -129,6 +129,8 @@ def test_expected_blocks_follow_from_memory_and_settings(tmp_path: Path):
 
 def test_names_of_models_and_devices():
     assert shape_named("meta-llama/Llama-3.1-8B-Instruct").name == "llama-3.1-8b"
+    assert shape_named("meta-llama/Meta-Llama-3.1-8B").name == "llama-3.1-8b"
+    assert shape_named("Qwen/Qwen3-30B-A3B-Instruct-2507").name == "qwen3-30b-a3b"
     assert chip_named("NVIDIA RTX PRO 6000 Blackwell Server Edition") == "rtx_pro_6000"
     assert chip_named("NVIDIA H100 80GB HBM3") == "h100"
     assert chip_named("Some other card") is None
