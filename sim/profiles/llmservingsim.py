@@ -359,10 +359,10 @@ def _expert_points(frame: pl.DataFrame) -> tuple[FloatArray, FloatArray]:
     counts, awake, times = (medians[name].to_numpy().astype(np.float64) for name in _COLUMNS["moe"])
     chosen, known = awake.min(), awake.max()
     tokens = np.unique(counts)
-    woken = known * (1.0 - (1.0 - chosen / known) ** tokens)
+    woken: FloatArray = known * (1.0 - (1.0 - chosen / known) ** tokens)
     seconds: list[float] = [
-        float(np.interp(each, awake[counts == count], times[counts == count]))
-        for count, each in zip(tokens, woken, strict=True)
+        float(np.interp(float(each), awake[counts == count], times[counts == count]))
+        for count, each in zip(tokens.tolist(), woken.tolist(), strict=True)
     ]
     return tokens, 1e-6 * np.array(seconds)
 

@@ -21,6 +21,8 @@ from specdec.scheduler.loop import StepLoop
 from specdec.scheduler.plan import IntArray, LongArray
 from specdec.scheduler.request import Request
 
+_NEVER = 1 << 62
+
 
 class Chunk(NamedTuple):
     """Prompt tokens of one row to compute in a step; as in ``StepPlan``, a chunk that ``emits`` is the last."""
@@ -90,13 +92,16 @@ class Cruise:
         self._prompts = rows[pending > 1].tolist()
         self.joined_at = dict.fromkeys(decodes.tolist(), loop.next_step)
         self._row_steps = 0
-        self._until = loop.next_step + (int(self._safe_steps(decodes).min()) if decodes.size else 1 << 62)
+        self._until = _NEVER
+        if decodes.size:
+            self._until = self._safe_until(loop.next_step, int(table.num_left(decodes).min()))
         return self._until > loop.next_step
 
-    def _safe_steps(self, rows: LongArray) -> IntArray:
-        """For how many steps ``max_tokens`` shortens no draft of ``rows``, whatever is accepted."""
+    def _safe_until(self, step: int, left: int) -> int:
+        """The first step from ``step`` on in which ``max_tokens`` may shorten a draft of a row with ``left`` tokens to
+        go, whatever is accepted."""
         k = self.loop.speculation.max_drafts
-        return (self.loop.table.num_left(rows) - 1 - k) // (1 + k) + 1
+        return step + (left - 1 - k) // (1 + k) + 1 if k else _NEVER
 
     def begin(self, now_s: float) -> CruisePlan | None:
         """The next step, or ``None``, with nothing changed, if the loop must decide it."""
@@ -202,11 +207,8 @@ class Cruise:
 
     def _join(self, row: int, step: int) -> None:
         self.joined_at[row] = step
-        k, left = (
-            self.loop.speculation.max_drafts,
-            int(self.loop.table.max_known[row] - self.loop.table.num_known[row]),
-        )
-        self._until = min(self._until, step + (left - 1 - k) // (1 + k) + 1)
+        left = int(self.loop.table.max_known[row] - self.loop.table.num_known[row])
+        self._until = min(self._until, self._safe_until(step, left))
 
     def leave(
         self,

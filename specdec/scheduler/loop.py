@@ -426,7 +426,10 @@ class StepLoop:
         table = self.table
         for row, value in zip(outcome.hashed_rows.tolist(), outcome.block_hashes.tolist(), strict=True):
             table.request(row).block_hashes.append(value)
-        full = table.num_computed[plan.rows] // self.config.block_size
+            table.num_hashes[row] += 1
+        full = np.minimum(
+            table.num_computed[plan.rows] // self.config.block_size, table.num_hashes[plan.rows]
+        )
         completed = full > table.num_registered[plan.rows]
         for row in plan.rows[completed].tolist():
             self.register_blocks(row)

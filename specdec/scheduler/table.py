@@ -27,7 +27,7 @@ class RequestTable:
         num_drafted: draft tokens verified.
         num_steps: steps in which the row emitted.
         num_blocks: blocks held; ``capacity`` is the tokens that they hold.
-        num_registered: leading blocks already named in the prefix cache.
+        num_registered: leading blocks already named in the prefix cache; num_hashes: those that have a name.
         block_table: int32 [max_rows, max_blocks].
     """
 
@@ -36,7 +36,7 @@ class RequestTable:
         self.block_size = block_size
         self.request_ids = np.full(max_rows, -1, np.int64)
         # One matrix, so that a row is written and read at once; each column is contiguous.
-        self._columns = np.zeros((11, max_rows), np.int32)
+        self._columns = np.zeros((12, max_rows), np.int32)
         (
             self.num_known,
             self.num_computed,
@@ -45,6 +45,7 @@ class RequestTable:
             self.num_blocks,
             self.capacity,
             self.num_registered,
+            self.num_hashes,
             self.num_drafted,
             self.num_accepted,
             self.num_rejected,
@@ -86,6 +87,7 @@ class RequestTable:
             blocks.size,
             blocks.size * self.block_size,
             0,
+            len(request.block_hashes),
             request.num_drafted,
             request.num_accepted,
             request.num_rejected,
@@ -132,7 +134,7 @@ class RequestTable:
             request.num_accepted,
             request.num_rejected,
             request.num_steps,
-        ) = self._columns[7:, row].tolist()
+        ) = self._columns[8:, row].tolist()
         self._requests[row] = None
         self.request_ids[row] = -1
         self.num_blocks[row] = 0
