@@ -21,7 +21,6 @@ import optuna
 
 from experiments import bill, common, simulations
 from experiments.devices import make_device, mix_of
-from experiments.extrapolate import quiet
 from experiments.fleets import fleet
 from sim.cluster_spec import ClusterSpec
 from sim.economics import pareto_front
@@ -115,7 +114,7 @@ class _Search:
         }
         try:
             config = self.configured(sheet, tensor_parallel)
-            with quiet():
+            with simulations.quiet():
                 cluster = fleet(config, options.cases[case], replicas, f"experiment.cases.{case}")
                 most = self.most_per_s(sheet, tensor_parallel)
         except ValueError as error:
@@ -157,7 +156,7 @@ class _Search:
     def simulated(self, config: Config, cluster: ClusterSpec, num_requests: int) -> tuple[Row, bool]:
         """Figures of ``num_requests`` requests, and whether the fleet keeps up with them."""
         config = replace(config, experiment=replace(config.experiment, num_requests=num_requests))
-        with quiet():
+        with simulations.quiet():
             result = simulate(
                 simulations.source(config), cluster, seed=config.seed, slo=simulations.slo(config)
             )
@@ -227,7 +226,7 @@ def _check_case(search: _Search, name: str) -> None:
     for sheet in search.chips.values():
         for degree in options.tensor_parallels:
             try:
-                with quiet():
+                with simulations.quiet():
                     fleet(
                         search.configured(sheet, degree), options.cases[name], 1, f"experiment.cases.{name}"
                     )
@@ -245,7 +244,7 @@ def _propose(study: optuna.Study, search: _Search) -> None:
     for chip, sheet in search.chips.items():
         for degree in options.tensor_parallels:
             try:
-                with quiet():
+                with simulations.quiet():
                     each = search.most_per_s(sheet, degree, plain=True)
             except ValueError:
                 continue

@@ -12,9 +12,7 @@ when the run directory is given anew:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -174,12 +172,12 @@ def simulate_cell(config: Config, cell: Cell) -> dict[str, Any]:
     seed = config.seed + (cell.draw if cell.kind == SEED else 0)
     config = replace(config, seed=seed, experiment=replace(config.experiment, lengths=cell.mix))
     options = config.experiment
-    with quiet():
+    with simulations.quiet():
         cluster = fleet(config, options.cases[cell.case], cell.num_replicas, f"experiment.cases.{cell.case}")
         if cell.kind == MODEL:
             cluster = with_other_times(cluster, np.random.default_rng([seed, 1 + cell.draw]))
     source = simulations.source(config, cell.rate_per_s)
-    with quiet():
+    with simulations.quiet():
         result = simulate(source, cluster, seed=seed, slo=simulations.slo(config))
     summary = result.summary
     latency, good = summary.get("latency", {}), summary.get("goodput", {})
@@ -205,19 +203,6 @@ def simulate_cell(config: Config, cell: Cell) -> dict[str, Any]:
         "extrapolated": summary["extrapolated"],
         "wall_s": result.wall_s,
     }
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Operators asked far outside their range stand in the rows; one warning for each cell and process would drown
-    the rest."""
-    logger = logging.getLogger("sim.cost_model")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _is_of(cell: dict[str, Any], mix: str, number: int, name: str) -> bool:

@@ -63,7 +63,12 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     run.log_figure("goodput_and_latency", plots_load.policy_curves(table, breaks, slo_s=limits))
     named = ("served_load_per_s", "best_goodput_per_s")
     run.log_metrics({f"{row['policy']}/{key}": row[key] for row in rows for key in named})
-    return {"capacity_per_s": best, "policies": {row["policy"]: row for row in rows}, "num_cells": len(cells)}
+    return {
+        "capacity_per_s": best,
+        "policies": {row["policy"]: row for row in rows},
+        "num_cells": len(cells),
+        "extrapolated": sorted({name for cell in cells for name in cell["extrapolated"]}),
+    }
 
 
 def _cluster(config: Config, name: str) -> ClusterSpec:
@@ -125,13 +130,14 @@ def simulate_cell(config: Config, key: str, name: str, rate_per_s: float | None)
     source = simulations.source(config, rate_per_s or 1.0)
     if rate_per_s is None:
         source = simulations.at_once(source)
-    result = simulate(
-        source,
-        _cluster(config, name),
-        seed=config.seed,
-        slo=simulations.slo(config),
-        prediction_error=config.experiment.prediction_error,
-    )
+    with simulations.quiet():
+        result = simulate(
+            source,
+            _cluster(config, name),
+            seed=config.seed,
+            slo=simulations.slo(config),
+            prediction_error=config.experiment.prediction_error,
+        )
     summary = result.summary
     latency, good = summary.get("latency", {}), summary.get("goodput", {})
     return {
@@ -148,6 +154,7 @@ def simulate_cell(config: Config, key: str, name: str, rate_per_s: float | None)
         "tau": summary.get("tau"),
         "utilisation": summary["utilisation"],
         "num_preemptions": summary.get("num_preemptions", 0),
+        "extrapolated": summary["extrapolated"],
         "wall_s": result.wall_s,
     }
 

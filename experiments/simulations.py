@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,7 @@ __all__ = [
     "draft_hardware",
     "hardware",
     "mean_turns",
+    "quiet",
     "sessions",
     "slo",
     "source",
@@ -326,3 +330,16 @@ def _verify_context_token_s(cost_model: CostModel, drafts: float) -> float:
 
     drafted_s, alone_s = (seconds(tokens, context) - seconds(tokens, 0.0) for tokens in (1.0 + drafts, 1.0))
     return max(0.0, drafted_s - alone_s) / (context * drafts)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Operators asked far outside their range stand in the rows; one warning for each cell and process would drown
+    the rest."""
+    logger = logging.getLogger("sim.cost_model")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
