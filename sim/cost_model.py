@@ -27,6 +27,7 @@ from sim.hardware import Hardware, free_bytes, kv_blocks
 from sim.model_shape import ModelShape
 from sim.roofline import Efficiencies, roofline_operators
 from sim.step_features import StepCost, StepFeatures, check_features, features, stack_features
+from sim.surface import Surface
 
 __all__ = [
     "CostModel",
@@ -60,6 +61,21 @@ class _At:
         knots = self.knots
         index = bisect_right(knots, size) - 1
         return self.base[index] + self.slopes[index] * (size - knots[index])
+
+
+class _SurfaceAt:
+    """A surface at plain floats within its limits; beyond, a KeyError."""
+
+    __slots__ = ("at", "context", "rows")
+
+    def __init__(self, surface: Surface, limits: tuple[float, float]) -> None:
+        self.at = surface.at
+        self.rows, self.context = limits
+
+    def __call__(self, rows: float, context: float) -> float:
+        if rows > self.rows or context > self.context:
+            raise KeyError
+        return self.at(rows, context)
 
 
 class CostModel:
@@ -151,6 +167,8 @@ class CostModel:
                 entries = context + row_tokens
                 if chunk and self._mixed:
                     layer_s = self._mixed(entries) + rows * self._mixed_row(chunk, pairs)
+                elif self._decode_surface:
+                    layer_s = self._decode_surface(rows, entries / rows)
                 elif row_entries and row_entries * rows > entries:
                     layer_s = self._decode(row_entries * rows)
                 else:
@@ -248,13 +266,36 @@ class CostModel:
     ) -> FloatArray:
         """One layer's attention of the decoding rows; ``mean_pairs``: of a prompt token."""
         operators = self.operators
-        sizes = np.maximum(entries, operators.decode_row_entries * rows)
         if operators.mixed_attention is None:
-            return self._seconds("decode_attention", sizes)
+            return self._decode_alone(entries, rows)
         mixed = (chunk > 0.0) & (rows > 0.0)
         row_s = operators.mixed_row_s + operators.mixed_row_token_s * np.minimum(chunk, 2.0 * mean_pairs)
         together_s = self._seconds("mixed_attention", np.where(mixed, entries, 0.0)) + rows * row_s
-        return np.where(mixed, together_s, self._seconds("decode_attention", np.where(mixed, 0.0, sizes)))
+        alone_s = self._decode_alone(np.where(mixed, 0.0, entries), np.where(mixed, 0.0, rows))
+        return np.where(mixed, together_s, alone_s)
+
+    def _decode_alone(self, entries: FloatArray, rows: FloatArray) -> FloatArray:
+        """The same where there is no prompt chunk."""
+        operators, name = self.operators, "decode_surface"
+        surface = operators.decode_surface
+        if surface is None:
+            return self._seconds("decode_attention", np.maximum(entries, operators.decode_row_entries * rows))
+        contexts = entries / np.where(rows > 0.0, rows, 1.0)
+        most_rows, longest = surface.limits
+        far = (rows > most_rows) | (contexts > longest)
+        if name not in self.extrapolated and far.any():
+            first = int(np.argmax(far))
+            self.extrapolated[name] = float(entries[first])
+            log.warning(
+                "decode_surface at %g rows of %g tokens is far outside its grid, up to %g and %g (%s): extrapolated",
+                rows[first],
+                contexts[first],
+                surface.rows[-1],
+                surface.contexts[-1],
+                surface.source,
+            )
+            self._compile()
+        return surface(rows, contexts)
 
     def _relative_std(self, name: str) -> float:
         curve = self._curves.get(name)
@@ -301,6 +342,10 @@ class CostModel:
         at = {name: _At(curve, self._bounds(name)) for name, curve in self._curves.items()}
         self._decode, self._prefill = at["decode_attention"], at["prefill_attention"]
         self._mixed = at.get("mixed_attention")
+        self._decode_surface = None
+        if surface := operators.decode_surface:
+            beyond = (math.inf, math.inf) if "decode_surface" in self.extrapolated else surface.limits
+            self._decode_surface = _SurfaceAt(surface, beyond)
         self._draft_step, self._draft_prefill = at.get("draft_step"), at.get("draft_prefill")
         self._scalars = (
             self.num_layers,

@@ -15,10 +15,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-FloatArray = NDArray[np.float64]
+from sim.surface import FAR, Surface
 
-FAR = 2.0
-"""A size is far outside a fitted range [low, high] when below low / FAR or above high · FAR."""
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +106,8 @@ class Operators:
         decode_row_entries: KV entries that a row takes the time of at least: the tile that it reads.
         decode_context_s: seconds per KV entry of one decoding row, with the mean context, which bound its attention
             from below where the kernel does not share a row's context among processors.
+        decode_surface: decoding rows alone by rows and mean KV entries of a row, where a grid of these was measured; it
+            goes before ``decode_attention``, whose error it is taken to have.
         prefill_token_pairs: query-key pairs that would take as long as a prompt token does beside its own: tiles
             across the causal diagonal.
         mixed_row_s: seconds of a decoding row in one layer beside ``mixed_attention``.
@@ -132,6 +133,7 @@ class Operators:
     prefill_context_s: float = 0.0
     decode_row_entries: float = 0.0
     decode_context_s: float = 0.0
+    decode_surface: Surface | None = None
     prefill_token_pairs: float = 0.0
     mixed_row_s: float = 0.0
     mixed_row_token_s: float = 0.0
@@ -163,7 +165,8 @@ class Operators:
                 yield item.name, float(value)
 
     def tables(self) -> tuple[pl.DataFrame, dict[str, Any]]:
-        """All points (columns operator, x, seconds) and the rest as plain values: ``curves``, ``coefficients``."""
+        """All points (columns operator, x, seconds) and the rest as plain values: ``curves``, ``coefficients`` and
+        ``surfaces``."""
         points = [
             (name, size, seconds)
             for name, curve in self.curves()
@@ -175,7 +178,8 @@ class Operators:
             for name, curve in self.curves()
         }
         frame = pl.DataFrame(points, schema=schema, orient="row")
-        return frame, {"curves": curves, "coefficients": dict(self.scalars())}
+        surfaces = {"decode_surface": self.decode_surface.plain()} if self.decode_surface else {}
+        return frame, {"curves": curves, "coefficients": dict(self.scalars()), "surfaces": surfaces}
 
 
 def operators_from_tables(points: pl.DataFrame, entries: Mapping[str, Any]) -> Operators:
@@ -188,7 +192,8 @@ def operators_from_tables(points: pl.DataFrame, entries: Mapping[str, Any]) -> O
         name: Curve(x=tuple(part["x"]), seconds=tuple(part["seconds"]), **entries["curves"][name])
         for (name,), part in points.group_by("operator", maintain_order=True)
     }
-    return Operators(**curves, **entries["coefficients"])
+    surfaces = {name: Surface.from_plain(plain) for name, plain in entries.get("surfaces", {}).items()}
+    return Operators(**curves, **surfaces, **entries["coefficients"])
 
 
 def fit_curve(x: ArrayLike, seconds: ArrayLike, *, source: str, max_points: int = 32) -> Curve:

@@ -53,6 +53,8 @@ def perturbed(model: CostModel, rng: np.random.Generator) -> CostModel:
         factors[name] = math.exp(curve.relative_std * draws[name])
         seconds = tuple(value * factors[name] for value in curve.seconds)
         changes[name] = replace(curve, seconds=seconds)
+    if operators.decode_surface:
+        changes["decode_surface"] = operators.decode_surface.times(factors["decode_attention"])
     for name, curve_name in _FOLLOWS.items():
         changes[name] = getattr(operators, name) * factors.get(curve_name, 1.0)
     host = math.exp(operators.overhead_relative_std * draws["overhead"])

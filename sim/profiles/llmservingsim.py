@@ -39,6 +39,7 @@ from sim.profiles.fitting import (
     fit_prefill,
     hold_out,
 )
+from sim.surface import Surface
 
 ONCE = ("embedding", "final_layernorm")
 """Layers of the dense table that a step runs once, not once per decoder layer."""
@@ -148,6 +149,10 @@ class OperatorProfile:
         part = self._alone.where(mask)
         return fit_decode(part.rows, part.entries, part.seconds, self.source)
 
+    def _fit_surface(self, mask: NDArray[np.bool_]) -> Surface:
+        part = self._alone.where(mask)
+        return Surface.of(part.rows, part.row_context, part.seconds, self.source)
+
     def _fit_prefill(self, mask: NDArray[np.bool_]) -> PrefillFit:
         part = self._chunks.where(mask)
         return fit_prefill(part.chunk, part.chunk_context, part.seconds, self.source)
@@ -185,6 +190,7 @@ class OperatorProfile:
             dense=self.dense_curve(num_layers),
             decode_attention=decode.curve,
             decode_row_entries=decode.row_entries,
+            decode_surface=self._fit_surface(np.ones(self._alone.seconds.size, np.bool_)),
             prefill_attention=prefill.curve,
             prefill_token_pairs=prefill.token_pairs,
             prefill_context_s=prefill.context_s,
@@ -232,7 +238,7 @@ class OperatorProfile:
             "lm_head": _curve_error(*self.lm_head, self.source),
             "sampling": _curve_error(*self.sampling, self.source),
             "decode_attention": hold_out(
-                lambda kept: lambda left: self._fit_decode(kept)(alone.rows[left], alone.entries[left]),
+                lambda kept: lambda left: self._fit_surface(kept)(alone.rows[left], alone.row_context[left]),
                 alone.rows.astype(np.int64),
                 alone.seconds,
             ),
