@@ -62,13 +62,15 @@ class Surface:
 
     @classmethod
     def of(cls, rows: ArrayLike, contexts: ArrayLike, seconds: ArrayLike, source: str) -> Surface:
-        """Through medians of measured points, made monotone, without contexts that were not measured with all rows.
+        """Through medians of measured points, made monotone.
+
+        What is missing (many rows of long contexts fit no memory) goes on with rows as between the last two measured.
 
         Args:
             rows, contexts, seconds: float [n], > 0.
 
         Raises:
-            ValueError: fewer than two sizes of either kind that have all points.
+            ValueError: fewer than two numbers of rows, or than two contexts that were measured with two.
         """
         x, y, z = (np.asarray(values, np.float64) for values in (rows, contexts, seconds))
         xs, ys = np.unique(x), np.unique(y)
@@ -77,12 +79,12 @@ class Surface:
             for j, context in enumerate(ys):
                 here = z[(x == row) & (y == context)]
                 grid[i, j] = np.median(here) if here.size else math.nan
-        whole = np.isfinite(grid).all(axis=0)
-        grid, ys = grid[:, whole], ys[whole]
+        enough = np.isfinite(grid).sum(axis=0) >= 2
+        grid, ys = grid[:, enough], ys[enough]
         if min(grid.shape) < 2:
-            raise ValueError(
-                f"a grid of {grid.shape} whole points is no surface: measure more sizes of each kind"
-            )
+            raise ValueError(f"a grid of {grid.shape} points is no surface: measure more sizes of each kind")
+        for column in grid.T:
+            _complete(xs, column)
         rising = _rising(_rising(grid, 0), 1)
         return cls(
             rows=tuple(xs.tolist()),
@@ -126,6 +128,17 @@ class Surface:
             seconds=tuple(tuple(line) for line in plain["seconds"]),
             source=plain["source"],
         )
+
+
+def _complete(sizes: FloatArray, seconds: FloatArray) -> None:
+    """Fill in, in place, what is NaN in ``seconds``."""
+    known = np.isfinite(seconds)
+    x, y = sizes[known], seconds[known]
+    slope = max(0.0, (y[-1] - y[-2]) / (x[-1] - x[-2]))
+    beyond = sizes > x[-1]
+    seconds[beyond] = y[-1] + slope * (sizes[beyond] - x[-1])
+    between = ~known & ~beyond
+    seconds[between] = np.interp(sizes[between], x, y)
 
 
 def _place(sizes: Sequence[float], size: float) -> tuple[int, float]:

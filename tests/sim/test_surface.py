@@ -60,8 +60,16 @@ def test_measured_points_become_a_surface_that_never_falls(seconds: list[float])
     assert min(seconds) <= values.min() and values.max() <= max(seconds)
 
 
-def test_contexts_that_lack_a_point_are_left_out():
-    points = [(rows, context) for rows in ROWS for context in CONTEXTS if (rows, context) != (16.0, 1024.0)]
+@pytest.mark.parametrize("missing", [(16.0, 1024.0), (4.0, 256.0), (1.0, 16.0)])
+def test_a_point_that_is_missing_goes_on_as_its_neighbours_do(missing: tuple[float, float]):
+    points = [(rows, context) for rows in ROWS for context in CONTEXTS if (rows, context) != missing]
+    found = Surface.of(*np.array(points).T, [law(*point) for point in points], source="test")
+    expected = law(4.0, 16.0) if missing == (1.0, 16.0) else law(*missing)
+    assert found.at(*missing) == pytest.approx(expected)
+
+
+def test_contexts_of_one_number_of_rows_are_left_out():
+    points = [(rows, context) for rows in ROWS for context in CONTEXTS if rows == 1.0 or context < 1024.0]
     found = Surface.of(*np.array(points).T, np.full(len(points), 1e-3), source="test")
     assert found.rows == ROWS and found.contexts == CONTEXTS[:2]
     with pytest.raises(ValueError, match="measure more sizes"):
