@@ -129,13 +129,15 @@ def _shape(name: str | None, recorded: VllmRun) -> ModelShape:
 
 def _sharing(workload: str | None, recorded: VllmRun) -> PromptSharing | None:
     """What the run's prompts have in common: of its workload's file, or of a public workload that is known."""
+    count = recorded.input_tokens.size
     if workload is None:
-        return known_sharing(recorded.dataset_hash)
+        known = known_sharing(recorded.dataset_hash)
+        return known.first(count) if known else None
     sharing, lengths = read_workload(workload)
     of_run = zip(recorded.input_tokens.tolist(), recorded.output_tokens.tolist(), strict=True)
-    if lengths != list(of_run):
+    if lengths[:count] != list(of_run):
         raise ValueError(f"validate.workload={workload} is not what the run was fed with: its lengths differ")
-    return sharing
+    return sharing.first(count)
 
 
 def _compare(

@@ -73,6 +73,17 @@ class PromptSharing:
                 first.append(request)
         return cls(len(prompts), tuple(shared), source)
 
+    def first(self, count: int) -> PromptSharing:
+        """Of the first ``count`` requests, as a run of part of the workload has it.
+
+        Raises:
+            ValueError: more than there are.
+        """
+        if count > self.num_requests:
+            raise ValueError(f"the run has {count} requests, its workload only {self.num_requests}")
+        shared = tuple(each for each in self.shared if each[0] < count)
+        return PromptSharing(count, shared, self.source)
+
     def block_hashes(self, prompt_lens: Sequence[int], block_size: int) -> list[list[int]]:
         """A number for every full block of every prompt; equal where the prompts are, up to there.
 

@@ -87,6 +87,10 @@ def test_a_workload_tells_what_the_prompts_of_the_run_share(tmp_path: Path):
     assert all(abs(error) < 1e-6 for error in shared["lengths_alone"]["errors_pct"].values())
     assert summary["errors_pct"]["ttft_mean"] < -1.0
     assert "lengths alone %" in (tmp_path / "out" / "report.md").read_text()
+    longer = [*lines, {"input_tok_ids": [1], "output_toks": 1}]  # the run is of the first requests only
+    workload.write_text("\n".join(json.dumps(line) for line in longer))
+    again = validate.run(build(*words, experiment="validate"), run_of(tmp_path / "longer"))
+    assert again["errors_pct"] == summary["errors_pct"]
     workload.write_text("\n".join(json.dumps(line) for line in lines[:-1]))
     with pytest.raises(ValueError, match="is not what the run was fed with"):
         validate.run(build(*words, experiment="validate"), run_of(tmp_path / "again"))

@@ -65,6 +65,14 @@ def test_what_is_shipped_can_be_read():
     assert known_sharing("0" * 64) is None and known_sharing(None) is None
 
 
+def test_a_run_of_the_first_requests_has_their_sharing():
+    prompts = [[1, 2], [3], [1, 2, 3], [3, 4], [1, 2, 3, 4]]
+    for count in range(1, 6):
+        assert PromptSharing.of(prompts).first(count) == PromptSharing.of(prompts[:count])
+    with pytest.raises(ValueError, match="only 5"):
+        PromptSharing.of(prompts).first(6)
+
+
 def test_the_sharing_of_another_workload_is_refused():
     sharing = PromptSharing.of([[1, 2, 3], [1, 2, 3, 4]])
     with pytest.raises(ValueError, match="has 2 requests and the run 3"):
