@@ -35,7 +35,7 @@ def page(
     ]
     if summary["not_measured"]:
         lines += [f"Not measured within the budget: {', '.join(summary['not_measured'])}.", ""]
-    lines += _error_table(cases, "paced")
+    lines += _error_table(cases)
     lines += ["", *_mode_table(summary, floor), ""]
     lines += [f"![{name.replace('_', ' ')}](plots/{name}.png)\n" for name in figures[:2]]
     if len(figures) > 2:
@@ -47,7 +47,7 @@ def page(
     return "\n".join(lines) + "\n"
 
 
-def _error_table(cases: Sequence[Case], mode: str) -> list[str]:
+def _error_table(cases: Sequence[Case]) -> list[str]:
     figures = "/".join(FIGURES)
     headings = ["configuration", "load", *(f"{latency.upper()} {figures}" for latency in LATENCIES)]
     headings += ["E2E mean [95 %]", "tokens/s", "τ [95 %]", "pace decode/prompt"]
@@ -60,7 +60,7 @@ def _error_table(cases: Sequence[Case], mode: str) -> list[str]:
         "|---|" + "---:|" * (len(headings) - 1),
     ]
     for case in cases:
-        found = case.errors[mode]
+        found = case.errors["paced"]
         cells = [case.setup.label, f"{case.load:g}"]
         for latency in LATENCIES:
             cells.append(" / ".join(f"{found[f'{latency}_{figure}'].error_pct:+.1f}" for figure in FIGURES))

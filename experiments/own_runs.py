@@ -3,8 +3,8 @@
 Each configuration (drafter, chunked prefill or not) is first saturated: all requests at once, which gives its
 capacity. Then it serves Poisson arrivals at shares of that, and one run more, of other requests, to fit on. Answers
 have drawn lengths and no end of their own. How fast the machine is, is measured before and after each run; one during
-which that changed is measured again. Traces are
-``trace/<run>.*.parquet``, and ``trace/<run>.json`` says that a run is complete and what it was.
+which that changed is measured again. Traces are ``trace/<run>.*.parquet``, and ``trace/<run>.json`` says that a run is
+complete and what it was.
 """
 
 from __future__ import annotations

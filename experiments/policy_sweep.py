@@ -67,7 +67,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "capacity_per_s": best,
         "policies": {row["policy"]: row for row in rows},
         "num_cells": len(cells),
-        "extrapolated": sorted({name for cell in cells for name in cell["extrapolated"]}),
+        "extrapolated": sorted({name for cell in cells for name in cell.get("extrapolated", ())}),
     }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, overload
@@ -22,12 +21,12 @@ import polars as pl
 import yaml
 from numpy.typing import NDArray
 
-from sim.curves import Curve, FloatArray, Operators, operators_from_tables
+from sim.curves import BoundedCurve, FloatArray, Operators, operators_from_tables
 from sim.hardware import Hardware, free_bytes, kv_blocks
 from sim.model_shape import ModelShape
 from sim.roofline import Efficiencies, roofline_operators
 from sim.step_features import StepCost, StepFeatures, check_features, features, stack_features
-from sim.surface import Surface
+from sim.surface import BoundedSurface
 
 __all__ = [
     "CostModel",
@@ -44,38 +43,6 @@ log = logging.getLogger(__name__)
 
 _TABLE_SIZE = 16_384  # most tokens, or rows of logits, of a step that are looked up instead of computed
 _FORMAT = 1
-
-
-class _At:
-    """A curve at one plain float within its limits; outside, a KeyError."""
-
-    __slots__ = ("base", "high", "knots", "low", "slopes")
-
-    def __init__(self, curve: Curve, limits: tuple[float, float]) -> None:
-        self.knots, self.base, self.slopes = curve.knots, curve.base, curve.slopes
-        self.low, self.high = limits
-
-    def __call__(self, size: float) -> float:
-        if not self.low <= size <= self.high:
-            raise KeyError
-        knots = self.knots
-        index = bisect_right(knots, size) - 1
-        return self.base[index] + self.slopes[index] * (size - knots[index])
-
-
-class _SurfaceAt:
-    """A surface at plain floats within its limits; beyond, a KeyError."""
-
-    __slots__ = ("at", "context", "rows")
-
-    def __init__(self, surface: Surface, limits: tuple[float, float]) -> None:
-        self.at = surface.at
-        self.rows, self.context = limits
-
-    def __call__(self, rows: float, context: float) -> float:
-        if rows > self.rows or context > self.context:
-            raise KeyError
-        return self.at(rows, context)
 
 
 class CostModel:
@@ -339,13 +306,13 @@ class CostModel:
         variance = variance + (operators.sampling.relative_std * sample_s) ** 2
         known = self._within("lm_head", counts) & self._within("sampling", counts)
         self._by_rows = _table(counts[known], head_s[known], sample_s[known], variance[known])
-        at = {name: _At(curve, self._bounds(name)) for name, curve in self._curves.items()}
+        at = {name: BoundedCurve(curve, self._bounds(name)) for name, curve in self._curves.items()}
         self._decode, self._prefill = at["decode_attention"], at["prefill_attention"]
         self._mixed = at.get("mixed_attention")
         self._decode_surface = None
         if surface := operators.decode_surface:
             beyond = (math.inf, math.inf) if "decode_surface" in self.extrapolated else surface.limits
-            self._decode_surface = _SurfaceAt(surface, beyond)
+            self._decode_surface = BoundedSurface(surface, beyond)
         self._draft_step, self._draft_prefill = at.get("draft_step"), at.get("draft_prefill")
         self._scalars = (
             self.num_layers,

@@ -7,6 +7,7 @@ composes the curves of :class:`Operators` into the seconds of a step.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -77,6 +78,23 @@ class Curve:
     def limits(self) -> tuple[float, float]:
         """The sizes beyond which an answer is far outside the fitted range."""
         return self.x[0] / FAR, self.x[-1] * FAR
+
+
+class BoundedCurve:
+    """A curve at one plain float within ``limits``; outside, a KeyError."""
+
+    __slots__ = ("base", "high", "knots", "low", "slopes")
+
+    def __init__(self, curve: Curve, limits: tuple[float, float]) -> None:
+        self.knots, self.base, self.slopes = curve.knots, curve.base, curve.slopes
+        self.low, self.high = limits
+
+    def __call__(self, size: float) -> float:
+        if not self.low <= size <= self.high:
+            raise KeyError
+        knots = self.knots
+        index = bisect_right(knots, size) - 1
+        return self.base[index] + self.slopes[index] * (size - knots[index])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

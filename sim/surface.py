@@ -130,6 +130,21 @@ class Surface:
         )
 
 
+class BoundedSurface:
+    """A surface at plain floats up to ``limits``, rows and context; beyond, a KeyError."""
+
+    __slots__ = ("at", "context", "rows")
+
+    def __init__(self, surface: Surface, limits: tuple[float, float]) -> None:
+        self.at = surface.at
+        self.rows, self.context = limits
+
+    def __call__(self, rows: float, context: float) -> float:
+        if rows > self.rows or context > self.context:
+            raise KeyError
+        return self.at(rows, context)
+
+
 def _complete(sizes: FloatArray, seconds: FloatArray) -> None:
     """Fill in, in place, what is NaN in ``seconds``."""
     known = np.isfinite(seconds)
