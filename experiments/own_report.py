@@ -35,7 +35,16 @@ def page(
     ]
     if summary["not_measured"]:
         lines += [f"Not measured within the budget: {', '.join(summary['not_measured'])}.", ""]
-    lines += _error_table(cases)
+    lines += [
+        "Signed errors, per cent of the measured; pace: how much slower fixed passes were around the run than around "
+        "the fitted ones; intervals by bootstrap over requests. All intervals: `tables/own_intervals.json`.",
+        "",
+        *_error_table(cases, "predicted"),
+        "",
+        "The same at the machine's pace:",
+        "",
+        *_error_table(cases, "paced"),
+    ]
     lines += ["", *_mode_table(summary, floor), ""]
     lines += [f"![{name.replace('_', ' ')}](plots/{name}.png)\n" for name in figures[:2]]
     if len(figures) > 2:
@@ -47,20 +56,16 @@ def page(
     return "\n".join(lines) + "\n"
 
 
-def _error_table(cases: Sequence[Case]) -> list[str]:
+def _error_table(cases: Sequence[Case], mode: str) -> list[str]:
     figures = "/".join(FIGURES)
     headings = ["configuration", "load", *(f"{latency.upper()} {figures}" for latency in LATENCIES)]
     headings += ["E2E mean [95 %]", "tokens/s", "τ [95 %]", "pace decode/prompt"]
     lines = [
-        "Signed errors at the machine's pace, per cent of the measured; pace: how much slower it was than in the "
-        "fitted runs; intervals by bootstrap over requests. All intervals: "
-        "`tables/own_intervals.json`.",
-        "",
         "| " + " | ".join(headings) + " |",
         "|---|" + "---:|" * (len(headings) - 1),
     ]
     for case in cases:
-        found = case.errors["paced"]
+        found = case.errors[mode]
         cells = [case.setup.label, f"{case.load:g}"]
         for latency in LATENCIES:
             cells.append(" / ".join(f"{found[f'{latency}_{figure}'].error_pct:+.1f}" for figure in FIGURES))

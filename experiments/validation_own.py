@@ -327,9 +327,10 @@ def _draw(run: Run, cases: list[Case]) -> list[str]:
 
 
 def _points(cases: list[Case], latency: str) -> tuple[FloatArray, FloatArray]:
-    """Measured and predicted milliseconds, at the machine's pace, of the statistics of one latency, all loads
-    together."""
-    found = [case.errors[PACED][name] for case in cases for name in LATENCY_NAMES if name.startswith(latency)]
+    """Measured and predicted milliseconds of the statistics of one latency, all loads together."""
+    found = [
+        case.errors[PREDICTED][name] for case in cases for name in LATENCY_NAMES if name.startswith(latency)
+    ]
     return (
         1e3 * np.array([error.measured for error in found]),
         1e3 * np.array([error.simulated for error in found]),
